@@ -1,0 +1,173 @@
+"""Models that turn prompts into images: the latent base and the pixel model, behind one call.
+
+Both start from the same pixel noise: the latent model takes its projection A^T eps, and the grids are matched, so that
+what differs between two columns of a report is the model alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux2pixel import bases, files
+from flux2pixel.asymflow import color, sampler, schedule, tokens
+from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.bases import flux2
+from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.progress import say
+from flux2pixel.recipe import Recipe, Sample
+
+
+class Model(Protocol):
+    """What generates: text embeddings (B, L, J) x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1]."""
+
+    folder: Path
+
+    @property
+    def text(self) -> flux2.TextEncoder: ...
+
+    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor: ...
+
+
+def _guided(network: Any, time: Tensor, inputs: Tensor, text: Tensor, empty: Tensor, grid: tuple[int, int]):
+    """Both branches of guidance in one forward, autocast to bf16; returns float32 (conditional, unconditional)."""
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        both = flux2.call(
+            network, torch.cat([inputs, inputs]), time.expand(2 * len(inputs)), torch.cat([text, empty]), grid
+        )
+    return both.float().chunk(2)
+
+
+@dataclass
+class LatentModel:
+    """The base, sampled with plain guidance by Euler, or any solver, on its own time grid."""
+
+    base: flux2.Flux2
+    flow: AsymFlow
+    settings: Sample
+
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
+
+    @property
+    def text(self) -> flux2.TextEncoder:
+        return self.base.text
+
+    @torch.no_grad()
+    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor:
+        grid = (size[0] // self.base.patch_size, size[1] // self.base.patch_size)
+
+        def predict(z: Tensor, tau: Tensor) -> Tensor:
+            conditional, unconditional = _guided(self.base.transformer, tau, z, text, empty, grid)
+            v = unconditional + self.settings.guidance * (conditional - unconditional)
+            return z - tau * v
+
+        taus = schedule.grid(self.settings.steps, self.settings.shift)
+        z = sampler.sample(predict, noise @ self.flow.basis, taus, solver=self.settings.solver)
+        return self.base.decode(z, *size).clamp(0, 1)
+
+
+@dataclass
+class PixelModel:
+    """A converted or finetuned folder, sampled on the pixel grid matched to the base's.
+
+    ``matched`` turns off what the latent base has no counterpart of (orthogonal guidance, gamut clamp), for the
+    comparison in which the converted model must equal the base.
+    """
+
+    folder: Path
+    transformer: Any
+    flow: AsymFlow
+    text: flux2.TextEncoder
+    patch: int
+    settings: Sample
+    matched: bool = False
+
+    @torch.no_grad()
+    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor:
+        grid = (size[0] // self.patch, size[1] // self.patch)
+        orthogonal = self.settings.orthogonal and not self.matched
+
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            k, tau = self.flow.calibrate(sigma)
+            branches = _guided(self.transformer, tau, k * x, text, empty, grid)
+            conditional, unconditional = (self.flow.predict_x0(v, x, sigma) for v in branches)
+            return sampler.guide(conditional, unconditional, self.settings.guidance, orthogonal=orthogonal)
+
+        def clamp(x0: Tensor) -> Tensor:
+            return tokens.patchify(color.clamp_to_gamut(tokens.unpatchify(x0, self.patch, *size)), self.patch)
+
+        sigmas = self.flow.sigma_of(schedule.grid(self.settings.steps, self.settings.shift))
+        use_clamp = self.settings.gamut_clamp and not self.matched
+        x = sampler.sample(predict, noise, sigmas, solver=self.settings.solver, clamp=clamp if use_clamp else None)
+        return color.decode(tokens.unpatchify(x, self.patch, *size))
+
+
+def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False) -> PixelModel:
+    """Load a converted or finetuned folder. Raises UsageError or Flux2PixelError naming what is wrong with it."""
+    from diffusers import Flux2Transformer2DModel
+
+    if not (folder / "asymflow.json").is_file():
+        raise UsageError(f"--model {folder}: no asymflow.json in it; run convert, or name a converted folder")
+    use = json.loads((folder / "asymflow.json").read_text())
+    stored, _ = files.read_tensors(folder / "asymflow.safetensors")
+    flow = AsymFlow(stored["basis"], stored["scale"], sigma_min=use["sigma_min"])
+    try:
+        transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer").float().eval()
+    except (OSError, ValueError) as error:
+        raise Flux2PixelError(f"{folder}/transformer: cannot be loaded ({str(error).splitlines()[0]})") from error
+    transformer.requires_grad_(False)
+    text = flux2.TextEncoder(folder)
+    return PixelModel(folder, transformer, flow, text, use["patch_size"], settings, matched)
+
+
+def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
+    """Noise (len(keys), count, width) that depends on each (prompt, sample) key alone, not on the batch."""
+    drawn = [np.random.default_rng([911, *key]).standard_normal((count, width), dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def generate(recipe: Recipe, run: Path, prompt: str, model: Path | None = None, out: Path | None = None) -> Path:
+    """Make one image of ``prompt`` with the newest model of the run (finetuned, else converted, else the base)."""
+    from PIL import Image
+
+    torch.set_num_threads(recipe.threads)
+    if model is None:
+        found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
+        model = found[0] if found else bases.resolve(recipe.base)
+    say(f"generate: model {model}")
+    side = 32 if recipe.base == "klein-tiny" else 1024
+    system = open_model(model, recipe, run)
+    patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
+    text, empty = system.text([prompt]), system.text([""])
+    noise = seeded_noise([(recipe.seed, 0)], (side // patch) ** 2, 3 * patch * patch)
+    image = to_bytes(system(text, empty, noise, (side, side)))[0]
+    path = out or run / "generated.png"
+    files.write(path, lambda temporary: Image.fromarray(image).save(temporary, format="png"))
+    say(f"wrote {path}")
+    return path
+
+
+def open_model(folder: Path, recipe: Recipe, run: Path) -> LatentModel | PixelModel:
+    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis)."""
+    if (folder / "asymflow.json").is_file():
+        return load_pixel_model(folder, recipe.sample, matched=folder.name == "converted")
+    from flux2pixel.subspace.file import read_subspace
+
+    base = flux2.Flux2(bases.resolve(str(folder)))
+    subspace = run / "subspace.safetensors"
+    if not subspace.is_file():
+        raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")
+    return LatentModel(base, read_subspace(subspace)[0], recipe.sample)

@@ -1,0 +1,75 @@
+"""Writing without leftovers: a file or folder appears whole, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flux2pixel.errors import Flux2PixelError, UsageError
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Call ``save(temporary)``, sync, and rename to ``path``; on any failure nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``path`` when the block succeeds and vanishes when it fails.
+
+    Only an absent or empty folder, or one that flux2pixel itself wrote, is replaced; else UsageError.
+    """
+    ours = any((path / name).exists() for name in ("asymflow.json", "conversion.json"))
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not ours)):
+        raise UsageError(f"{path}: exists and was not written by flux2pixel; choose another --out or empty it")
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        retired = path.with_name(path.name + ".old")
+        shutil.rmtree(retired, ignore_errors=True)
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Read a safetensors file: tensors and metadata. One clear line if it is absent, truncated or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise Flux2PixelError(f"{path}: not a complete safetensors file ({error}); write or copy it again") from error

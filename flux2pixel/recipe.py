@@ -1,0 +1,289 @@
+"""The recipe: every setting of a run, typed, with its meaning, unit and default in one place.
+
+A recipe is TOML. What it leaves out takes the default below; what it misspells is refused with a suggestion.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flux2pixel.errors import UsageError
+
+
+def _option(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """Declare a field: its default (whose type is the field's), its meaning, and the values it may take."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "above": above, "high": high})
+
+
+@dataclass(frozen=True)
+class FitSubspace:
+    """``[fit_subspace]``: the low-rank basis that ties pixels to the base's latents."""
+
+    source: str = _option("scenes", 'where the images come from: "scenes" (the miniature\'s world) or a folder')
+    images: int = _option(8000, "images to fit on", low=1)
+    method: str = _option(
+        "procrustes",
+        "procrustes | pca | vae-jacobian | random",
+        choices=("procrustes", "pca", "vae-jacobian", "random"),
+    )
+    rank: int = _option(0, "columns of the basis; 0 = width of a latent token", low=0)
+    batch: int = _option(250, "images per batch", low=1)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """``[convert]``: the base rewritten to take and return pixels, and the proof that nothing was lost."""
+
+    verify_steps: int = _option(64, "sampling steps of the float64 exactness test", low=1)
+    tolerance: float = _option(1e-9, "largest absolute error of that test; above it nothing is written", above=0)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """``[finetune]``: training of the converted model on real pixels."""
+
+    steps: int = _option(600, "optimizer steps", low=1)
+    batch: int = _option(64, "images per step", low=1)
+    images: int = _option(20000, "training images", low=1)
+    lr: float = _option(5e-4, "peak learning rate", above=0)
+    out_projection_lr: float = _option(1.5e-3, "peak learning rate of the output projection", above=0)
+    warmup: int = _option(50, "steps of linear warm-up", low=0)
+    loss: str = _option(
+        "variance-reduction", "variance-reduction | flow-matching", choices=("variance-reduction", "flow-matching")
+    )
+    kappa: float = _option(0.3, "strength of the variance reduction", low=0)
+    sigma_min: float = _option(0.05, "noise level below which the velocity is not divided further", above=0, high=1)
+    shift: float = _option(1.0, "shift of the training noise levels; 1 = none, more = noisier", above=0)
+    caption_dropout: float = _option(0.1, "share of captions left empty, for guidance", low=0, high=1)
+    clip: float = _option(1.0, "largest gradient norm", above=0)
+    ema_gamma: float = _option(7.0, "exponent of the power-law weight average; more = shorter memory", low=0)
+    precision: str = _option("bf16", "bf16 (autocast) | fp32", choices=("bf16", "fp32"))
+    log_every: int = _option(20, "steps between lines of the log", low=1)
+    save_every: int = _option(200, "steps between checkpoints", low=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``[sample]``: how images are drawn, by ``generate`` and by ``eval``."""
+
+    steps: int = _option(16, "solver steps per image", low=1)
+    guidance: float = _option(3.0, "classifier-free guidance scale; 1 = none", low=0)
+    shift: float = _option(1.0, "shift of the noise levels; 1 = none, more = noisier", above=0)
+    solver: str = _option("euler", "euler | heun | unipc", choices=("euler", "heun", "unipc"))
+    orthogonal: bool = _option(True, "remove the component of guidance parallel to x0_hat")
+    gamut_clamp: bool = _option(True, "clamp every x0_hat to colours a screen can show")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """``[eval]``: the scores of the report."""
+
+    suite: tuple[str, ...] = _option(("geneval", "fidelity"), "geneval, fidelity", choices=("geneval", "fidelity"))
+    samples: int = _option(4, "images per prompt", low=1)
+    prompts: int = _option(0, "held-out prompts; 0 = all", low=0)
+    batch: int = _option(120, "images per batch", low=1)
+    fidelity_images: int = _option(480, "images compared with true renders", low=2)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run; frozen, so that what was resolved is what is written down."""
+
+    base: str = _option("klein-tiny", "the latent base: an alias or a folder")
+    seed: int = _option(0, "seed of everything random", low=0, high=2**63 - 1)
+    threads: int = _option(2, "CPU threads", low=1)
+    fit_subspace: FitSubspace = FitSubspace()
+    convert: Convert = Convert()
+    finetune: Finetune = Finetune()
+    sample: Sample = Sample()
+    eval: Eval = Eval()
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (``None``: the defaults) and apply ``section.key=value`` overrides, in order.
+
+    Override values are TOML; what is not TOML is taken as a string, so ``sample.solver=heun`` needs no quotes.
+    Raises ``UsageError`` naming the file and the key on an unreadable file, an unknown key or a wrong value.
+    """
+    recipe = Recipe()
+    if path is not None:
+        recipe = _merge(recipe, _read(path), str(path))
+    for override in overrides:
+        recipe = _override(recipe, override)
+    return recipe
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as nested dictionaries that JSON and TOML can both hold."""
+    table: dict[str, Any] = _plain(recipe)
+    return table
+
+
+def dumps(recipe: Recipe, *, comments: bool = False) -> str:
+    """Return the recipe as TOML that ``load`` reads back to an equal recipe, with each field's meaning if asked."""
+    lines: list[str] = []
+    _dump(recipe, lines, comments)
+    for section in fields(recipe):
+        value = getattr(recipe, section.name)
+        if is_dataclass(value):
+            lines += ["", f"[{section.name}]"]
+            _dump(value, lines, comments)
+    return "\n".join(lines) + "\n"
+
+
+def setting(key: str, value: str | int | Sequence[str]) -> str:
+    """Return the override that sets ``key`` to exactly ``value``, quoted as TOML."""
+    return f"{key}={_toml(value)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"{path}: no such recipe file; recipes are TOML, see recipes/") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from error
+
+
+def _override(recipe: Recipe, override: str) -> Recipe:
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not (key and equals):
+        raise UsageError(f"--set {override}: write it as section.key=value, such as sample.steps=8")
+    value: Any = text
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() == {"value"}:
+            value = parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    *sections, name = key.split(".")
+    target: Any = recipe
+    for section in sections:
+        target = getattr(target, section, None)
+    if not isinstance(value, str) and isinstance(getattr(target, name, None), str):
+        value = text  # a folder may be called 2024
+    table: dict[str, Any] = {name: value}
+    for section in reversed(sections):
+        table = {section: table}
+    changed: Recipe = _merge(recipe, table, "command line")
+    return changed
+
+
+def _merge(target: Any, table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
+    """Return the dataclass ``target`` with the values of ``table``, each checked."""
+    known = {item.name: item for item in fields(target)}
+    changes = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise UsageError(
+                f"{where}: unknown {'key' if prefix else 'section or key'} {key!r}; {_suggest(key, known)}"
+            )
+        current = getattr(target, name)
+        if not is_dataclass(current):
+            changes[name] = _check(known[name], value, f"{where}: {key}")
+        elif isinstance(value, Mapping):
+            changes[name] = _merge(current, value, where, f"{key}.")
+        else:
+            raise UsageError(
+                f"{where}: {key} is a section; set one of its keys, such as {key}.{fields(current)[0].name}"
+            )
+    return replace(target, **changes)
+
+
+def _suggest(key: str, known: Mapping[str, Any]) -> str:
+    """Return the nearest key of the same section, else of any section, else the list of those known."""
+    prefix, _, name = key.rpartition(".")
+    everywhere = {
+        inner.name: f"{outer.name}.{inner.name}"
+        for outer in fields(Recipe)
+        if is_dataclass(outer.default)
+        for inner in fields(outer.default)
+    }
+    near = difflib.get_close_matches(name, known, n=1)
+    if near and name not in everywhere:
+        return f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?"
+    if near := difflib.get_close_matches(name, everywhere, n=1):
+        return f"did you mean {everywhere[near[0]]}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _check(item: Field[Any], value: Any, where: str) -> Any:
+    """Return ``value`` as the type of the field's default, or raise ``UsageError`` with what it must be."""
+    default: Any = item.default
+    rule = item.metadata
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(entry, str) for entry in value):
+            raise UsageError(f"{where} = {_toml(value)} must be a list of strings, such as {_toml(default)}")
+        for entry in value:
+            _check_choice(entry, rule["choices"], where)
+        return tuple(dict.fromkeys(value))
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise UsageError(f"{where} = {_toml(value)} must be {words[type(default)]}, such as {_toml(default)}")
+    if isinstance(value, str):
+        if not value:
+            raise UsageError(f'{where} = "" must not be empty; its default is {_toml(default)}')
+        _check_choice(value, rule["choices"], where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        _check_range(value, rule, where)
+    return value
+
+
+def _check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{where} = {_toml(value)} must be one of {', '.join(choices)}{hint}")
+
+
+def _check_range(value: float, rule: Mapping[str, Any], where: str) -> None:
+    low, above, high = rule["low"], rule["above"], rule["high"]
+    if not math.isfinite(value):
+        raise UsageError(f"{where} = {value} must be finite")
+    if low is not None and value < low:
+        raise UsageError(f"{where} = {value} must be at least {low}")
+    if above is not None and value <= above:
+        raise UsageError(f"{where} = {value} must be above {above}")
+    if high is not None and value > high:
+        raise UsageError(f"{where} = {value} must be at most {high}")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dump(table: Any, lines: list[str], comments: bool) -> None:
+    for item in fields(table):
+        value = getattr(table, item.name)
+        if not is_dataclass(value):
+            comment = f"  # {item.metadata['doc']}" if comments else ""
+            lines.append(f"{item.name} = {_toml(value)}{comment}")
+
+
+def _toml(value: Any) -> str:
+    """Return ``value`` as TOML; a JSON string is a TOML basic string once DEL is escaped."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(entry) for entry in value)}]"
+    return repr(value) if isinstance(value, (int, float)) else str(value)
