@@ -10,7 +10,7 @@ score = {name: models[name]["geneval"]["overall"]["score"] for name in ("base", 
 checks = {
     "conversion is exact": report["exactness"]["max_abs_error"] < 1e-9,
     "the detector sees true renders": report["detector_ceiling"] >= 0.97,
-    "the base means something": score["base"] >= BASE_FLOOR,
+    "the base means something": score["base"] >= 0.6,
     "every tag is scored": all(len(m["geneval"]["tags"]) == 6 for m in models.values()),
     "480 images a model": all(sum(t["images"] for t in m["geneval"]["tags"].values()) == 480 for m in models.values()),
     "the stages were timed": all(report["seconds"][s] > 0 for s in ("fit_subspace", "convert", "finetune", "eval")),

@@ -17,6 +17,7 @@ import typer
 
 from flux2pixel import __version__
 from flux2pixel import recipe as recipes
+from flux2pixel.bases import ALIASES
 from flux2pixel.errors import Flux2PixelError, UsageError, one_line
 from flux2pixel.files import write, write_json
 from flux2pixel.recipe import Recipe, setting
@@ -111,7 +112,7 @@ def _check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | N
     if gpus != 1:
         raise UsageError(f"--gpus {gpus}: only 1 device is supported now; leave it out")
     for model in models:
-        if model is not None and not model.is_dir():
+        if model is not None and not model.is_dir() and str(model) not in ALIASES:
             raise UsageError(f"--model {model}: no such folder; give a converted or finetuned folder, or a base")
     if subspace is not None and not subspace.is_file():
         raise UsageError(f"--subspace {subspace}: no such file; write one with flux2pixel fit-subspace")

@@ -33,7 +33,7 @@ class FitSubspace:
     """``[fit_subspace]``: the low-rank basis that ties pixels to the base's latents."""
 
     source: str = _option("scenes", 'where the images come from: "scenes" (the miniature\'s world) or a folder')
-    images: int = _option(8000, "images to fit on", low=1)
+    images: int = _option(4000, "images to fit on", low=1)
     method: str = _option(
         "procrustes",
         "procrustes | pca | vae-jacobian | random",
@@ -55,12 +55,12 @@ class Convert:
 class Finetune:
     """``[finetune]``: training of the converted model on real pixels."""
 
-    steps: int = _option(600, "optimizer steps", low=1)
+    steps: int = _option(240, "optimizer steps", low=1)
     batch: int = _option(64, "images per step", low=1)
-    images: int = _option(20000, "training images", low=1)
+    images: int = _option(10000, "training images", low=1)
     lr: float = _option(5e-4, "peak learning rate", above=0)
     out_projection_lr: float = _option(1.5e-3, "peak learning rate of the output projection", above=0)
-    warmup: int = _option(50, "steps of linear warm-up", low=0)
+    warmup: int = _option(20, "steps of linear warm-up", low=0)
     loss: str = _option(
         "variance-reduction", "variance-reduction | flow-matching", choices=("variance-reduction", "flow-matching")
     )

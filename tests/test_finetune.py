@@ -44,9 +44,9 @@ def test_gradient_flows_only_through_the_prediction():
     result = variance_reduction(x0, prediction, low, low_hat, sigma)
     result.loss.backward()
     level = sigma.clamp(min=0.05).view(-1, 1, 1)
-    target = x0 - ((1 - result.weight).view(-1, 1, 1, 1) * result.lam[..., None] * (low - low_hat).view(2, 4, 3, 4)).view(
-        2, 4, 12
-    )
+    target = x0 - (
+        (1 - result.weight).view(-1, 1, 1, 1) * result.lam[..., None] * (low - low_hat).view(2, 4, 3, 4)
+    ).view(2, 4, 12)
     assert torch.allclose(prediction.grad, 2 * (prediction.detach() - target) / level**2 / 96, atol=1e-5)
 
 

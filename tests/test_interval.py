@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flux2pixel.evaluate.interval import mean_interval, paired_difference
+from flux2pixel.evaluate.interval import mean_interval, paired_difference, tag_mean_interval
 
 
 def verdicts(prompts: int, seed: int, images: int = 4) -> list[list[bool]]:
@@ -46,5 +46,15 @@ def test_pairing_is_tighter_than_two_intervals_and_signed() -> None:
 def test_nothing_to_average_is_an_error(bad: list[list[bool]]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         mean_interval(bad)
-    with pytest.raises(ValueError, match="prompts"):
+    with pytest.raises(ValueError, match="must be the same"):
         paired_difference([[True]], [[True], [False]])
+
+
+def test_overall_is_the_mean_of_the_tags_whatever_their_sizes() -> None:
+    scores = {"a": [1.0] * 3, "b": [0.0, 0.5] * 40}
+    mean, low, high = tag_mean_interval(scores)
+    assert mean == pytest.approx((1.0 + 0.25) / 2)
+    assert low < mean < high
+    # Only b varies, and half of its spread reaches the overall.
+    _, b_low, b_high = tag_mean_interval({"b": scores["b"]})
+    assert high - low == pytest.approx((b_high - b_low) / 2, rel=0.15)

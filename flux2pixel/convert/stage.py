@@ -36,7 +36,7 @@ def convert(recipe: Recipe, run: Path, subspace: Path | None = None, out: Path |
     say(f"exactness: {error:.1e} over {recipe.convert.verify_steps} Euler steps in float64")
     if not error <= recipe.convert.tolerance:
         raise Flux2PixelError(
-            f"exactness error {error:.1e} is above convert.tolerance {recipe.convert.tolerance:.0e}: nothing was written"
+            f"exactness error {error:.1e} is above convert.tolerance {recipe.convert.tolerance:g}: nothing was written"
         )
     destination = out or run / "converted"
     with files.new_folder(destination) as folder:

@@ -3,7 +3,7 @@
 Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13: clusters are resampled whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,3 +54,18 @@ def paired_difference(a: Verdicts, b: Verdicts, seed: int = 0, resamples: int = 
     mean_b = sums_b[picks].sum(axis=1) / counts_b[picks].sum(axis=1)
     low, high = _percentiles(mean_a - mean_b)
     return float(sums_a.sum() / counts_a.sum() - sums_b.sum() / counts_b.sum()), low, high
+
+
+def tag_mean_interval(
+    scores_by_tag: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """GenEval's overall, the mean of the tags' means, with its 95 % interval: prompts are resampled within their tag.
+
+    One score per prompt: its share of right images, or a difference of two systems' shares for a paired comparison.
+    """
+    estimate, draws = 0.0, np.zeros(resamples)
+    for index, scores in enumerate(scores_by_tag.values()):
+        values = np.asarray(scores, dtype=np.float64)
+        estimate += float(values.mean()) / len(scores_by_tag)
+        draws += values[_draws(len(values), seed + index, resamples)].mean(axis=1) / len(scores_by_tag)
+    return estimate, *_percentiles(draws)

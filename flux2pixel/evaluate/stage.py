@@ -21,7 +21,7 @@ from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.claims import claims
 from flux2pixel.evaluate.fidelity import measure
 from flux2pixel.evaluate.geneval import Verdict, judge
-from flux2pixel.evaluate.interval import mean_interval, paired_difference
+from flux2pixel.evaluate.interval import mean_interval, tag_mean_interval
 from flux2pixel.evaluate.pictures import basis_vectors
 from flux2pixel.evaluate.report import write_report
 from flux2pixel.miniature import detector, world
@@ -67,14 +67,16 @@ def evaluate(recipe: Recipe, run: Path, models: list[Path] | None = None, out: P
     files.write_json(page.with_suffix(".json"), report)
     write_report(report, shown, page)
     for one in scored:
-        overall = report["models"][one.name]["geneval"]["overall"]
-        fidelity = report["models"][one.name]["fidelity"]
-        say(
-            f"{one.name:>10}: GenEval {overall['score']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}], "
-            f"texture Fréchet {fidelity['texture_frechet']:.4f}, {one.seconds_per_image:.3f} s per image"
-        )
+        say(_line(one, report["models"][one.name]))
     say(f"wrote {page}")
     return page
+
+
+def _line(one: Scored, figures: dict[str, Any]) -> str:
+    overall = figures["geneval"].get("overall")
+    score = f"{overall['score']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]" if overall else "partial"
+    texture = figures["fidelity"]["texture_frechet"]
+    return f"{one.name:>10}: GenEval {score}, texture Fréchet {texture:.4f}, {one.seconds_per_image:.3f} s per image"
 
 
 def name_of(path: Path) -> str:
@@ -132,7 +134,7 @@ def _ceiling(posed: Sequence[dict]) -> list[list[Verdict]]:
 def summarise(posed: Sequence[dict], correct: Sequence[Sequence[bool]]) -> dict[str, Any]:
     """GenEval's numbers: every tag's share with its 95 % interval, overall as the mean of the tags.
 
-    The overall interval resamples prompts within tags. A tag without prompts is absent, and then so is the overall.
+    A tag without prompts is absent, and then the overall is too.
     """
     tags: dict[str, dict] = {}
     for tag in world.TAGS:
@@ -141,13 +143,23 @@ def summarise(posed: Sequence[dict], correct: Sequence[Sequence[bool]]) -> dict[
             score, low, high = mean_interval(rows)
             tags[tag] = {"score": score, "low": low, "high": high, "images": sum(map(len, rows))}
     if len(tags) < len(world.TAGS):
-        return {"tags": tags, "overall": {"score": float("nan"), "low": float("nan"), "high": float("nan")}}
-    score = float(np.mean([t["score"] for t in tags.values()]))
-    spread = 0.5 * float(np.sqrt(np.sum([(t["high"] - t["low"]) ** 2 for t in tags.values()]))) / len(tags)
-    return {
-        "tags": tags,
-        "overall": {"score": score, "low": max(0.0, score - spread), "high": min(1.0, score + spread)},
-    }
+        return {"tags": tags}
+    score, low, high = tag_mean_interval(_by_tag(posed, [float(np.mean(c)) for c in correct]))
+    return {"tags": tags, "overall": {"score": score, "low": low, "high": high}}
+
+
+def _by_tag(posed: Sequence[dict], scores: Sequence[float]) -> dict[str, list[float]]:
+    grouped: dict[str, list[float]] = {}
+    for metadata, score in zip(posed, scores, strict=True):
+        grouped.setdefault(metadata["tag"], []).append(score)
+    return grouped
+
+
+def _difference(posed: Sequence[dict], one: Scored, other: Scored) -> dict[str, float]:
+    """Overall of ``one`` minus that of ``other``, prompt by prompt."""
+    pairs = zip(one.correct, other.correct, strict=True)
+    gaps = [float(np.mean(mine) - np.mean(theirs)) for mine, theirs in pairs]
+    return dict(zip(("difference", "low", "high"), tag_mean_interval(_by_tag(posed, gaps)), strict=True))
 
 
 def _report(recipe: Recipe, run: Path, posed: list[dict], scored: list[Scored]) -> dict[str, Any]:
@@ -165,7 +177,7 @@ def _report(recipe: Recipe, run: Path, posed: list[dict], scored: list[Scored]) 
             "path": one.path,
         }
     ceiling = summarise(posed, [[v.correct for v in row] for row in _ceiling(posed)])
-    report["detector_ceiling"] = ceiling["overall"]["score"]
+    report["detector_ceiling"] = float(np.mean([t["score"] for t in ceiling["tags"].values()]))
     real = _renders(posed, count, FIRST_CEILING)
     report["fidelity_ceiling"] = {
         "real": measure(real, reference),
@@ -173,15 +185,9 @@ def _report(recipe: Recipe, run: Path, posed: list[dict], scored: list[Scored]) 
     }
     by_name = {one.name: one for one in scored}
     report["paired"] = {
-        f"{other}-base": dict(
-            zip(
-                ("difference", "low", "high"),
-                paired_difference(by_name[other].correct, by_name["base"].correct),
-                strict=True,
-            )
-        )
-        for other in by_name
-        if other != "base" and "base" in by_name
+        f"{name}-base": _difference(posed, one, by_name["base"])
+        for name, one in by_name.items()
+        if name != "base" and "base" in by_name
     }
     report |= _provenance(run)
     report["claims"] = claims(report)

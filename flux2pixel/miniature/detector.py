@@ -14,7 +14,7 @@ from flux2pixel.miniature import world
 
 MIN_AREA = 24  # pixels; the smallest shape covers about 50
 BLUR = 0.5  # pixels; takes the grain's edge off before thresholding
-SHARPNESS = 60.0  # softmax slope on template agreement: true renders score above 0.9
+SHARPNESS = 100.0  # softmax slope on template agreement: true renders score above 0.9
 Detection = tuple[float, float, float, float, float]
 
 
@@ -27,7 +27,8 @@ def _templates() -> np.ndarray:
             for dx, dy in np.ndindex(4, 4):
                 alpha = world.coverage(world.Shape(kind, "red", 16 + dx / 4, 16 + dy / 4, radius))
                 alpha = ndimage.gaussian_filter(alpha, BLUR)
-                found.append(_normalise(alpha, alpha > 0.5))
+                # An edge that halves a pixel may fall either way in a noisy image: hold all three outcomes.
+                found += [_normalise(alpha, alpha > edge) for edge in (0.4, 0.5, 0.6)]
     return np.stack(found).reshape(len(world.SHAPES), -1, 16, 16)
 
 

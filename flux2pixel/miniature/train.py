@@ -27,7 +27,7 @@ from flux2pixel.asymflow import color
 from flux2pixel.miniature import world
 
 TEXT_TOKENS = 12
-SCENES = 60_000
+SCENES = 40_000
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -326,12 +326,27 @@ def assemble(work: Path, out: Path) -> None:
     pipeline.save_pretrained(out)
 
 
+def publish_log(work: Path, folder: Path) -> None:
+    """Copy the log and draw the transformer's training curve (needs the ``train`` extra, matplotlib)."""
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (work / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(text)
+    records = [r for r in map(json.loads, text.splitlines()) if r["stage"] == "transformer"]
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records])
+    axes.set(xlabel="step", ylabel="flow-matching loss (running mean)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(folder / "curve.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--vae-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="assemble the diffusers directory here")
@@ -361,6 +376,7 @@ def main() -> None:
     Trainer(args.work, latents, text, rows, args.steps, args.batch, log).run(save_seconds=180)
     if args.out:
         assemble(args.work, args.out)
+        publish_log(args.work, args.out.parent / "training")
 
 
 if __name__ == "__main__":
