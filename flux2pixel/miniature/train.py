@@ -324,6 +324,9 @@ def assemble(work: Path, out: Path) -> None:
         is_distilled=False,
     )
     pipeline.save_pretrained(out)
+    config = out / "vae" / "config.json"
+    kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}  # a local path
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def publish_log(work: Path, folder: Path) -> None:
