@@ -75,7 +75,7 @@ def test_the_bundled_base_is_small_and_of_the_stock_classes():
     )
     pipe = pipe.to(torch.float32)
     image = pipe(
-        "a photo of a red circle",
+        prompt="a photo of a red circle",
         height=32,
         width=32,
         num_inference_steps=2,
