@@ -80,8 +80,19 @@ def test_run_calls_the_stages_in_order(tmp_path: Path, stages: list[Any]) -> Non
     assert all(given[:2] == (recipe, run) for _, given in stages)
     assert (recipe.seed, recipe.finetune.steps, recipe.eval.suite) == (5, 9, ("geneval",))
     seconds = json.loads((run / "seconds.json").read_text())
-    assert list(seconds) == ["fit_subspace", "convert", "finetune", "total"]
+    assert list(seconds) == ["fit_subspace", "convert", "finetune"]
     assert sorted(path.name for path in run.iterdir()) == ["recipe.toml", "seconds.json"]
+
+
+def test_a_stage_alone_goes_on_with_the_recipe_of_its_run(tmp_path: Path, stages: list[Any]) -> None:
+    run = tmp_path / "run"
+    assert invoke("run", "--run", run, "--seed", "5").exit_code == 0
+    result = invoke("eval", "--run", run, "--steps", "3")
+    assert "recipe.toml of the run" in result.output
+    recipe = stages[-1][1][0]
+    assert (recipe.seed, recipe.sample.steps) == (5, 3)
+    assert invoke("run", "--run", run).exit_code == 0
+    assert stages[-1][1][0].seed == 0, "run itself starts afresh"
 
 
 def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:

@@ -1,0 +1,34 @@
+"""``inspect`` and ``doctor``: what a file is, and what this machine can run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flux2pixel.commands.job import one_line_errors, resolve
+from flux2pixel.commands.options import Base, Debug, RecipePath, RunPath, Set
+from flux2pixel.errors import Flux2PixelError
+
+
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="A safetensors file or a model folder.")], debug: Debug = False
+) -> None:
+    """Say what a file or a model folder is."""
+    with one_line_errors(debug):
+        from flux2pixel.inspection import inspect
+
+        typer.echo(inspect(file))
+
+
+def doctor_command(
+    recipe: RecipePath = None, run: RunPath = None, assignments: Set = None, base: Base = None, debug: Debug = False
+) -> None:
+    """Print versions, devices and memory, and what of the recipe can run here."""
+    with one_line_errors(debug):
+        from flux2pixel.inspection import doctor
+
+        job = resolve(recipe, run, assignments, base=base)
+        report, problems = doctor(job.recipe, job.run)
+        typer.echo(report)
+        if problems:
+            raise Flux2PixelError(f"the recipe cannot run here: {'; '.join(problems)}")
