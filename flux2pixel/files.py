@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +17,43 @@ from flux2pixel.errors import Flux2PixelError, UsageError
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Call ``save(temporary)``, sync, and rename to ``path``; on any failure nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call ``save(temporary)``, sync, and rename to ``path``; on any failure nothing is left.
+
+    Raises Flux2PixelError naming ``path`` when the disk is full or refuses the write.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Name the file and the cure when the disk is full or read-only, whichever library hears of it first."""
+    try:
+        yield
+    except Exception as error:
+        reason = _why_unwritable(error)
+        if reason is None:
+            raise
+        raise Flux2PixelError(
+            f"{path}: cannot be written ({reason}); free some space or choose another --out. Nothing was left behind"
+        ) from error
+
+
+def _why_unwritable(error: Exception) -> str | None:
+    """The operating system's words if ``error`` is its refusal to write, else None."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        # shutil gathers errors as text, and safetensors has an exception of its own with the number in it.
+        if getattr(error, "errno", None) == number or re.search(rf"(Errno|os error) {number}\b", str(error)):
+            return os.strerror(number)
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,15 +72,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UsageError(f"{path}: exists and was not written by flux2pixel; choose another --out or empty it")
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        retired = path.with_name(path.name + ".old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if path.exists():
-            os.replace(path, retired)
-        os.replace(temporary, path)
-        shutil.rmtree(retired, ignore_errors=True)
+        with _write_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            retired = path.with_name(path.name + ".old")
+            shutil.rmtree(retired, ignore_errors=True)
+            if path.exists():
+                os.replace(path, retired)
+            os.replace(temporary, path)
+            shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
