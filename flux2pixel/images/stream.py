@@ -1,0 +1,199 @@
+"""From records to batches of one size: reading and decoding in threads, ahead of whoever computes.
+
+B  images of one batch    H, W  its bucket's size
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux2pixel.errors import Flux2PixelError
+from flux2pixel.images.buckets import Buckets, Size, fit
+from flux2pixel.images.decode import Unreadable, decode, read_bytes
+from flux2pixel.images.sources import Record, Source
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded record: ``rgb`` (H, W, 3) uint8 of its bucket's size, and ``digest``, the SHA-256 of its content."""
+
+    name: str
+    caption: str | None
+    digest: str
+    rgb: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``rgb`` (B, 3, H, W) uint8, with each picture's name, caption and content digest."""
+
+    rgb: Tensor
+    names: list[str]
+    captions: list[str | None]
+    digests: list[str]
+
+    @property
+    def unit(self) -> Tensor:
+        """sRGB (B, 3, H, W) float32 in [0, 1], what a base encodes."""
+        return self.rgb.float() / 255
+
+
+@dataclass
+class Tally:
+    """What became of the pictures. More than ``limit`` broken ones fail the run; ``None`` never does."""
+
+    limit: int | None = None
+    kept: int = 0
+    known: int = 0
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    enlarged: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        return self.kept + self.known + len(self.broken) + len(self.dropped)
+
+    def broke(self, name: str, reason: str) -> None:
+        """Note an unreadable picture. Raises Flux2PixelError when they are more than the limit."""
+        self.broken.append((name, reason))
+        if self.limit is not None and len(self.broken) > self.limit:
+            shown = "; ".join(f"{n}: {r}" for n, r in self.broken[-3:])
+            raise Flux2PixelError(
+                f"{len(self.broken)} of {self.seen} images are unreadable, more than the {self.limit} allowed "
+                f"({shown}); repair or remove them, or raise max_broken"
+            )
+
+    def merge(self, other: Tally) -> None:
+        """Add what another process counted."""
+        self.kept += other.kept
+        self.known += other.known
+        for name in ("broken", "dropped", "enlarged"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def lines(self, most: int = 5) -> list[str]:
+        """The summary for a person: counts, and the first ``most`` names of each kind."""
+        out = [f"images: {self.seen} seen, {self.kept + self.known} used"]
+        kinds: tuple[tuple[str, list], ...] = (
+            ("unreadable, skipped", self.broken),
+            ("dropped", self.dropped),
+            ("enlarged", [(name, f"x {scale:.2f}") for name, scale in self.enlarged]),
+        )
+        for what, entries in kinds:
+            if entries:
+                out.append(f"  {what}: {len(entries)}")
+                out += [f"    {name}: {reason}" for name, reason in entries[:most]]
+                if len(entries) > most:
+                    out.append(f"    and {len(entries) - most} more")
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON report: counts and complete lists."""
+        counts = {"seen": self.seen, "used": self.kept + self.known}
+        return counts | {"broken": self.broken, "dropped": self.dropped, "enlarged": self.enlarged}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How pictures become batches: the buckets, the largest share of a picture that its bucket may cut off,
+    whether one smaller than its bucket is enlarged (else dropped), and whether one without a caption is broken."""
+
+    buckets: Buckets
+    max_cut: float = 0.2
+    enlarge: bool = False
+    captions: bool = False
+
+
+Known = Callable[[str, str | None], bool]
+
+
+def stream(
+    source: Source,
+    rules: Rules,
+    batch: int,
+    tally: Tally,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    limit: int = 0,
+    known: Known | None = None,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """Batches of up to ``batch`` pictures, each of one size; the same at every call, whatever ``threads`` is.
+
+    ``known(digest, caption)`` true leaves a picture out before it is decoded, as one done already. What is broken,
+    dropped or enlarged is noted in ``tally``; raises Flux2PixelError when its limit of broken pictures is passed.
+    """
+    waiting: dict[Size, list[Picture]] = {}
+    for record, outcome in _ahead(source.records(rank, world, limit), lambda r: _prepare(r, rules, known), threads):
+        if isinstance(outcome, Unreadable):
+            tally.broke(record.name, str(outcome))
+        elif outcome is None:
+            tally.known += 1
+        elif isinstance(outcome, str):
+            tally.dropped.append((record.name, outcome))
+        else:
+            picture, scale = outcome
+            tally.kept += 1
+            if scale > 1:
+                tally.enlarged.append((picture.name, round(scale, 3)))
+            group = waiting.setdefault(picture.rgb.shape[:2], [])
+            group.append(picture)
+            if len(group) == batch:
+                yield _stack(waiting.pop(picture.rgb.shape[:2]))
+    for size in sorted(waiting):
+        yield _stack(waiting[size])
+
+
+def _prepare(record: Record, rules: Rules, known: Known | None) -> tuple[Picture, float] | Unreadable | str | None:
+    """A picture and the factor it was scaled by; or why it is unreadable; or why it is dropped; or None if known."""
+    try:
+        if isinstance(record.content, Unreadable):
+            return record.content
+        if rules.captions and not record.caption:
+            return Unreadable("has no caption")
+        content, digest = read_bytes(record.content)
+        if known is not None and known(digest, record.caption):
+            return None
+        image = decode(content)
+    except Unreadable as error:
+        return error
+    place = rules.buckets.place(image.height, image.width)
+    size = f"{image.width} x {image.height}"
+    if not place.bucket[0] or not place.bucket[1]:
+        return f"{size} is smaller than one {rules.buckets.patch}-pixel patch"
+    if place.cut > rules.max_cut and rules.buckets.resolution:
+        return f"{size} would lose {place.cut:.0%} to its bucket {place.bucket[1]} x {place.bucket[0]}"
+    if place.scale > 1 and not rules.enlarge:
+        return f"{size} is smaller than its bucket {place.bucket[1]} x {place.bucket[0]} (x {place.scale:.2f})"
+    return Picture(record.name, record.caption, digest, fit(image, place)), place.scale
+
+
+def _stack(pictures: list[Picture]) -> Batch:
+    rgb = torch.from_numpy(np.stack([p.rgb for p in pictures])).permute(0, 3, 1, 2).contiguous()
+    return Batch(rgb, [p.name for p in pictures], [p.caption for p in pictures], [p.digest for p in pictures])
+
+
+def _ahead(records: Iterator[Record], work: Callable[[Record], Any], threads: int) -> Iterator[tuple[Record, Any]]:
+    """``work`` of every record in order, up to four records a thread ahead of the consumer."""
+    pending: deque[tuple[Record, Future[Any]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for record in records:
+                pending.append((record, pool.submit(work, record)))
+                if len(pending) >= 4 * threads:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
