@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Verdicts = Sequence[Sequence[bool]]
+Verdicts = Sequence[Sequence[float]]  # one inner sequence a prompt, one value an image; a verdict is 0 or 1
 
 
 def _sums(values_by_prompt: Verdicts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -29,9 +29,9 @@ def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def mean_interval(values_by_prompt: Verdicts, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean verdict over all images and its 95 % interval: ``(mean, low, high)``, each in [0, 1].
+    """Mean over all images and its 95 % interval: ``(mean, low, high)``, in the unit of the values.
 
-    One inner sequence of verdicts for each prompt. Raises ValueError without prompts or for a prompt without verdicts.
+    One inner sequence of values for each prompt. Raises ValueError without prompts or for a prompt without values.
     """
     sums, counts = _sums(values_by_prompt)
     picks = _draws(len(sums), seed, resamples)  # (resamples, prompts)
@@ -63,9 +63,9 @@ def tag_mean_interval(
 
     One score per prompt: its share of right images, or a difference of two systems' shares for a paired comparison.
     """
-    estimate, draws = 0.0, np.zeros(resamples)
+    means, draws = [], np.zeros(resamples)
     for index, scores in enumerate(scores_by_tag.values()):
         values = np.asarray(scores, dtype=np.float64)
-        estimate += float(values.mean()) / len(scores_by_tag)
-        draws += values[_draws(len(values), seed + index, resamples)].mean(axis=1) / len(scores_by_tag)
-    return estimate, *_percentiles(draws)
+        means.append(float(values.mean()))
+        draws += values[_draws(len(values), seed + index, resamples)].mean(axis=1)
+    return sum(means) / len(means), *_percentiles(draws / len(means))

@@ -1,0 +1,131 @@
+"""GenEval as a suite: images in, a verdict each, the official summary with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flux2pixel import files
+from flux2pixel.evaluate import figures
+from flux2pixel.evaluate.geneval import promptset
+from flux2pixel.evaluate.geneval.verdict import Box, Detection, floor_of, judge, keep
+from flux2pixel.evaluate.suite import Prompt, Record, Rgb, Sample, read_ahead, read_rgb
+
+PROTOCOL = "geneval@af4902f"
+
+
+class Seen(Protocol):
+    """What a detector saw in one image."""
+
+    @property
+    def detections(self) -> Mapping[str, Sequence[Detection]]:
+        """Class name -> ``(x1, y1, x2, y2, score)`` before any threshold."""
+
+    def color(self, class_name: str, box: Box) -> str:
+        """Name the colour of the object of this class in this box."""
+
+
+class Detector(Protocol):
+    """Finds objects in images; ``name`` is "official" only for the protocol's own detector and colours."""
+
+    @property
+    def name(self) -> str:
+        """Who sees."""
+
+    def look(self, images: Sequence[Rgb]) -> Sequence[Seen]:
+        """Detect in a batch of (H, W, 3) uint8 images of any sizes."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Say which weights, by digest, and which settings decide what is seen."""
+
+
+class GenEval:
+    """The suite over ``prompts`` (`geneval.prompts`) with a detector; a `Scorer`.
+
+    ``batch`` images are detected at once; it changes no verdict beyond float rounding. A record's score is 1 or 0.
+    """
+
+    suite = "geneval"
+
+    def __init__(self, prompts: Sequence[Prompt], detector: Detector, batch: int = 8):
+        self.prompts = prompts
+        self.judge = detector.name
+        self._detector, self._batch = detector, batch
+
+    def score(self, samples: Iterable[Sample]) -> Iterator[Record]:
+        """Yield a record for each sample, in order; see `Scorer`."""
+        for group, images in read_ahead(samples, read_rgb, self._batch):
+            for sample, seen in zip(group, self._detector.look(images), strict=True):
+                yield judged(sample.prompt, sample.index, seen)
+
+    def summary(self, records: Iterable[Record]) -> dict[str, Any]:
+        """Sum up as the official script does: shares of right images by tag, overall as the mean of the tags.
+
+        Also the share of right images and of prompts with a right image among those scored; see `Scorer`.
+        """
+        grouped = figures.by_prompt(self.prompts, records)
+        lost = figures.missing(self.prompts, grouped)
+        rows = list(grouped.values())
+        images = sum(map(len, rows))
+        summary: dict[str, Any] = {
+            "groups": figures.groups(self.prompts, grouped),
+            "prompts": len(rows),
+            "images": images,
+            "missing": lost,
+        }
+        if images:
+            summary["correct_images"] = sum(r.score for row in rows for r in row) / images
+            summary["correct_prompts"] = sum(any(r.score for r in row) for row in rows) / len(rows)
+        if not lost and {p.group for p in self.prompts} == set(promptset.TAGS):
+            summary["overall"] = figures.mean_of_groups(self.prompts, grouped)
+        return summary
+
+    def provenance(self) -> dict[str, Any]:
+        """Say what decides the scores; ``prompts_official`` is true for the 553 of the protocol at 4 images each."""
+        rows = [dict(prompt.data) for prompt in self.prompts]
+        digest = promptset.digest(rows)
+        official = digest == promptset.SHA256 and {p.samples for p in self.prompts} == {promptset.SAMPLES}
+        return {
+            "suite": self.suite,
+            "judge": self.judge,
+            "protocol": PROTOCOL,
+            "prompts": len(rows),
+            "prompts_sha256": digest,
+            "prompts_official": official,
+            "detector": self._detector.provenance(),
+        }
+
+
+def judged(prompt: Prompt, index: int, seen: Seen) -> Record:
+    """Judge what was seen in one image at the official settings; keeps the boxes that passed the threshold."""
+    verdict = judge(prompt.data, seen.detections, seen.color)
+    floor = floor_of(prompt.data)
+    kept = {name: [list(d) for d in keep(found, floor)] for name, found in seen.detections.items()}
+    boxes = {name: rows for name, rows in kept.items() if rows}
+    return Record(prompt.id, index, prompt.group, float(verdict.correct), verdict.reason, {"boxes": boxes})
+
+
+def write_results(
+    path: Path, scorer: GenEval, records: Sequence[Record], paths: Mapping[tuple[str, int], Path]
+) -> None:
+    """Write the official result lines (JSON Lines), which its own summary script reads.
+
+    ``paths`` maps (prompt id, index) to the image. As in the official file, metadata and details are JSON strings.
+    """
+    rows = {prompt.id: prompt for prompt in scorer.prompts}
+    lines = []
+    for record in records:
+        prompt = rows[record.prompt]
+        line = {
+            "filename": str(paths[record.prompt, record.index]),
+            "tag": record.group,
+            "prompt": prompt.text,
+            "correct": bool(record.score),
+            "reason": record.reason,
+            "metadata": json.dumps(dict(prompt.data)),
+            "details": json.dumps(record.details["boxes"]),
+        }
+        lines.append(json.dumps(line) + "\n")
+    files.write(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
