@@ -8,7 +8,7 @@ from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases import flux2
+from flux2pixel.bases.flux2 import Flux2
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.convert.stage import convert
 from flux2pixel.errors import Flux2PixelError, UsageError
@@ -38,14 +38,14 @@ def tiny(channels, guidance_embeds=False):
 def test_coupled_sampling_agrees_to_rounding(scale, grid):
     latent, pixel = tiny(16), tiny(192)
     flow = AsymFlow(polar(torch.randn(192, 16, dtype=torch.float64)), scale)
-    pixel.load_state_dict(fold(latent.state_dict(), flow.basis, flux2.IN_PROJECTION, flux2.OUT_PROJECTION))
+    pixel.load_state_dict(fold(latent.state_dict(), flow.basis, Flux2.projections))
     text = torch.randn(2, 4, 24, dtype=torch.float64)
     noise = torch.randn(2, grid[0] * grid[1], 192, dtype=torch.float64)
     guided = [torch.randn_like(text), text]
 
     def network(model):
         def call(x, t):
-            un, con = (flux2.call(model, x, t, e, grid) for e in guided)
+            un, con = (Flux2.call(model, x, t, {"text": e}, grid) for e in guided)
             return un + 3.5 * (con - un)
 
         return call
@@ -56,12 +56,12 @@ def test_coupled_sampling_agrees_to_rounding(scale, grid):
 def test_the_exactness_test_can_fail():
     latent, pixel = tiny(16), tiny(192)
     flow = AsymFlow(polar(torch.randn(192, 16, dtype=torch.float64)), 1.5)
-    pixel.load_state_dict(fold(latent.state_dict(), flow.basis, flux2.IN_PROJECTION, flux2.OUT_PROJECTION))
+    pixel.load_state_dict(fold(latent.state_dict(), flow.basis, Flux2.projections))
     text, noise = torch.randn(1, 4, 24, dtype=torch.float64), torch.randn(1, 4, 192, dtype=torch.float64)
     wrong = AsymFlow(flow.basis, 1.6)
     error = exactness(
-        lambda z, t: flux2.call(latent, z, 1.01 * t, text, (2, 2)),
-        lambda x, t: flux2.call(pixel, x, t, text, (2, 2)),
+        lambda z, t: Flux2.call(latent, z, 1.01 * t, {"text": text}, (2, 2)),
+        lambda x, t: Flux2.call(pixel, x, t, {"text": text}, (2, 2)),
         wrong,
         noise,
         steps=8,
@@ -83,8 +83,8 @@ def test_klein_9b_keys_are_the_ones_that_change():
         )
     state = model.state_dict()
     assert sum(p.numel() for p in model.parameters()) == 9_078_581_248
-    assert state[flux2.IN_PROJECTION].shape == (4096, 128)
-    assert state[flux2.OUT_PROJECTION].shape == (128, 4096)
+    assert state["x_embedder.weight"].shape == (4096, 128)
+    assert state["proj_out.weight"].shape == (128, 4096)
     assert "x_embedder.bias" not in state and "proj_out.bias" not in state
 
 

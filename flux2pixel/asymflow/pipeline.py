@@ -18,29 +18,35 @@ from torch import Tensor
 from flux2pixel import bases, files
 from flux2pixel.asymflow import color, sampler, schedule, tokens
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases import flux2
-from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.bases.base import Base, Conditioning, stack
+from flux2pixel.errors import UsageError
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, Sample
 
 
 class Model(Protocol):
-    """What generates: text embeddings (B, L, J) x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1]."""
+    """What generates: conditionings x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1]."""
 
     folder: Path
 
-    @property
-    def text(self) -> flux2.TextEncoder: ...
+    def text(self, prompts: list[str]) -> Conditioning: ...
 
-    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor: ...
+    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor: ...
 
 
-def _guided(network: Any, time: Tensor, inputs: Tensor, text: Tensor, empty: Tensor, grid: tuple[int, int]):
+def _guided(
+    base: Base,
+    network: Any,
+    time: Tensor,
+    inputs: Tensor,
+    text: Conditioning,
+    empty: Conditioning,
+    grid: tuple[int, int],
+):
     """Both branches of guidance in one forward, autocast to bf16; returns float32 (conditional, unconditional)."""
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        both = flux2.call(
-            network, torch.cat([inputs, inputs]), time.expand(2 * len(inputs)), torch.cat([text, empty]), grid
-        )
+        twice = torch.cat([inputs, inputs])
+        both = base.call(network, twice, time.expand(len(twice)), stack(text, empty), grid)
     return both.float().chunk(2)
 
 
@@ -48,7 +54,7 @@ def _guided(network: Any, time: Tensor, inputs: Tensor, text: Tensor, empty: Ten
 class LatentModel:
     """The base, sampled with plain guidance by Euler, or any solver, on its own time grid."""
 
-    base: flux2.Flux2
+    base: Base
     flow: AsymFlow
     settings: Sample
 
@@ -56,18 +62,16 @@ class LatentModel:
     def folder(self) -> Path:
         return self.base.folder
 
-    @property
-    def text(self) -> flux2.TextEncoder:
-        return self.base.text
+    def text(self, prompts: list[str]) -> Conditioning:
+        return self.base.text(prompts)
 
     @torch.no_grad()
-    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
         grid = (size[0] // self.base.patch_size, size[1] // self.base.patch_size)
 
         def predict(z: Tensor, tau: Tensor) -> Tensor:
-            conditional, unconditional = _guided(self.base.transformer, tau, z, text, empty, grid)
-            v = unconditional + self.settings.guidance * (conditional - unconditional)
-            return z - tau * v
+            conditional, unconditional = _guided(self.base, self.base.transformer, tau, z, text, empty, grid)
+            return z - tau * self.base.guide(conditional, unconditional, self.settings.guidance)
 
         taus = schedule.grid(self.settings.steps, self.settings.shift)
         z = sampler.sample(predict, noise @ self.flow.basis, taus, solver=self.settings.solver)
@@ -82,24 +86,33 @@ class PixelModel:
     comparison in which the converted model must equal the base.
     """
 
-    folder: Path
+    base: Base
     transformer: Any
     flow: AsymFlow
-    text: flux2.TextEncoder
     patch: int
     settings: Sample
     matched: bool = False
 
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
+
+    def text(self, prompts: list[str]) -> Conditioning:
+        return self.base.text(prompts)
+
     @torch.no_grad()
-    def __call__(self, text: Tensor, empty: Tensor, noise: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
         grid = (size[0] // self.patch, size[1] // self.patch)
         orthogonal = self.settings.orthogonal and not self.matched
+        scale = self.settings.guidance
 
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
             k, tau = self.flow.calibrate(sigma)
-            branches = _guided(self.transformer, tau, k * x, text, empty, grid)
-            conditional, unconditional = (self.flow.predict_x0(v, x, sigma) for v in branches)
-            return sampler.guide(conditional, unconditional, self.settings.guidance, orthogonal=orthogonal)
+            conditional, unconditional = _guided(self.base, self.transformer, tau, k * x, text, empty, grid)
+            if not orthogonal:
+                return self.flow.predict_x0(self.base.guide(conditional, unconditional, scale), x, sigma)
+            toward, away = (self.flow.predict_x0(v, x, sigma) for v in (conditional, unconditional))
+            return sampler.guide(toward, away, scale, orthogonal=True)
 
         def clamp(x0: Tensor) -> Tensor:
             return tokens.patchify(color.clamp_to_gamut(tokens.unpatchify(x0, self.patch, *size)), self.patch)
@@ -112,20 +125,13 @@ class PixelModel:
 
 def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False) -> PixelModel:
     """Load a converted or finetuned folder. Raises UsageError or Flux2PixelError naming what is wrong with it."""
-    from diffusers import Flux2Transformer2DModel
-
     if not (folder / "asymflow.json").is_file():
         raise UsageError(f"--model {folder}: no asymflow.json in it; run convert, or name a converted folder")
     use = json.loads((folder / "asymflow.json").read_text())
     stored, _ = files.read_tensors(folder / "asymflow.safetensors")
     flow = AsymFlow(stored["basis"], stored["scale"], sigma_min=use["sigma_min"])
-    try:
-        transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer").float().eval()
-    except (OSError, ValueError) as error:
-        raise Flux2PixelError(f"{folder}/transformer: cannot be loaded ({str(error).splitlines()[0]})") from error
-    transformer.requires_grad_(False)
-    text = flux2.TextEncoder(folder)
-    return PixelModel(folder, transformer, flow, text, use["patch_size"], settings, matched)
+    base = bases.open_base(folder)
+    return PixelModel(base, base.transformer, flow, use["patch_size"], settings, matched)
 
 
 def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
@@ -166,7 +172,7 @@ def open_model(folder: Path, recipe: Recipe, run: Path) -> LatentModel | PixelMo
         return load_pixel_model(folder, recipe.sample, matched=folder.name == "converted")
     from flux2pixel.subspace.file import read_subspace
 
-    base = flux2.Flux2(bases.resolve(str(folder)))
+    base = bases.open_base(folder)
     subspace = run / "subspace.safetensors"
     if not subspace.is_file():
         raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")

@@ -1,10 +1,16 @@
-"""Everything that differs between base models, one module per family."""
+"""Everything that differs between base models, one module per family. Importing this package loads nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flux2pixel.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from flux2pixel.bases.base import Base
 
 ALIASES = {"klein-tiny": Path(__file__).parent.parent / "miniature" / "klein-tiny"}
 
@@ -16,3 +22,25 @@ def resolve(base: str) -> Path:
         known = ", ".join(ALIASES)
         raise UsageError(f"base: {base!r} is neither a known alias ({known}) nor a folder with a model_index.json")
     return folder
+
+
+def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
+    """Open a base, or a model converted from one, by alias or folder; nothing heavy is loaded yet.
+
+    The family is told from the class name in ``transformer/config.json``. ``dtype`` is that of the transformer and
+    the text encoders, float32 if not given. Raises UsageError if there is no such base or its family is unknown.
+    """
+    import torch
+
+    from flux2pixel.bases.base import read_config
+
+    folder = Path(name)
+    if not (folder / "asymflow.json").is_file():
+        folder = resolve(str(name))
+    config = folder / "transformer" / "config.json"
+    match read_config(config).get("_class_name"):
+        case "Flux2Transformer2DModel":
+            from flux2pixel.bases.flux2 import Flux2 as Family
+        case unknown:
+            raise UsageError(f"{config}: _class_name {unknown!r} is of no family that can be converted")
+    return Family(folder, dtype or torch.float32)

@@ -1,150 +1,144 @@
-"""The FLUX.2 family: names, packing, latent normalisation, text and position ids.
+"""FLUX.2 klein and dev: one Linear in, one out, no biases; references are appended tokens.
 
-    B  images    h, w  latent token grid (H / p, W / p)    N = h w    r  latent token width (4 x latent channels)
-
-Time: the transformer is given sigma in [0, 1] and predicts eps - x0. Facts: diffusers' FLUX.2 klein pipeline.
+Facts: diffusers' FLUX.2 pipelines. The transformer is given sigma in [0, 1] and predicts eps - x0.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-from flux2pixel.errors import UsageError
-from flux2pixel.progress import hush
+from flux2pixel.bases.base import Base, Conditioning, Guidance, Projections, Reference, read_config, stock_config
 
-IN_PROJECTION = "x_embedder.weight"
-OUT_PROJECTION = "proj_out.weight"
-PIPELINES = ("Flux2KleinPipeline",)
+DEFAULT_GUIDANCE = 4.0  # FLUX.2 dev's own, for calls that name none
+REFERENCE_SPACING = 10  # of the pictures to edit, along the time axis of the position ids
 
 
-class Flux2:
-    """A FLUX.2 klein checkpoint in a diffusers folder, its parts loaded when first used, float32 and frozen.
+class Flux2(Base):
+    """A FLUX.2 checkpoint; klein reads prompts with Qwen3, dev with Mistral 3."""
 
-    Raises UsageError if the folder is not of this family.
-    """
+    family = "flux2"
+    projections = Projections(inputs=("x_embedder",), output="proj_out", modulation="norm_out.linear")
+    lora_targets = (
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)",
+        r"single_transformer_blocks\.\d+\.attn\.to_out",
+        r"time_guidance_embed\.timestep_embedder\.linear_[12]",
+    )
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = json.loads((folder / "model_index.json").read_text())
-        if index.get("_class_name") not in PIPELINES:
-            raise UsageError(
-                f"{folder}/model_index.json: _class_name {index.get('_class_name')!r} is not a FLUX.2 klein pipeline"
-            )
-
-    def _load(self, part: str, loader: Any, **options: Any) -> Any:
-        hush()
-        try:
-            return loader.from_pretrained(self.folder / part, **options)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({str(error).splitlines()[0]})") from error
-
-    @cached_property
-    def vae(self) -> Any:
-        from diffusers import AutoencoderKLFlux2
-
-        return self._load("vae", AutoencoderKLFlux2).float().eval().requires_grad_(False)
-
-    @cached_property
-    def transformer(self) -> Any:
+    @staticmethod
+    def network_class() -> Any:
         from diffusers import Flux2Transformer2DModel
 
-        return self._load("transformer", Flux2Transformer2DModel).float().eval().requires_grad_(False)
+        return Flux2Transformer2DModel
 
-    @cached_property
-    def text(self) -> TextEncoder:
-        return TextEncoder(self.folder)
+    @staticmethod
+    def vae_class() -> Any:
+        from diffusers import AutoencoderKLFlux2
 
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "vae" / "config.json").read_text())
+        return AutoencoderKLFlux2
 
     @property
     def latent_width(self) -> int:
-        """r: numbers per latent token."""
         height, width = self.vae_config["patch_size"]
         return int(self.vae_config["latent_channels"]) * height * width
 
     @property
     def patch_size(self) -> int:
-        """p: pixels along the side of the patch that one latent token stands for."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1) * int(self.vae_config["patch_size"][0])
+
+    @property
+    def guidance(self) -> Guidance:
+        if self.config.get("guidance_embeds", True):
+            return "embedded"
+        return "none" if self.distilled else "cfg"
+
+    def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
         return norm.running_mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
-    @torch.no_grad()
-    def encode(self, rgb: Tensor) -> Tensor:
-        """sRGB in [0, 1], (B, 3, H, W) -> normalised, packed latent tokens (B, N, r)."""
+    def _to_latent(self, image: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        z = F.pixel_unshuffle(self.vae.encode(rgb * 2 - 1).latent_dist.mode(), 2)
+        z = F.pixel_unshuffle(self.vae.encode(image).latent_dist.mode(), 2)
         return ((z - mean) / deviation).flatten(2).mT.contiguous()
 
-    def decode(self, z: Tensor, height: int, width: int) -> Tensor:
-        """Latent tokens (B, N, r) -> sRGB (B, 3, height, width), unclamped."""
+    def _from_latent(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         mean, deviation = self._statistics()
-        p = self.patch_size
-        packed = z.mT.reshape(z.shape[0], z.shape[2], height // p, width // p)
-        return self.vae.decode(F.pixel_shuffle(packed * deviation + mean, 2)).sample / 2 + 0.5
+        packed = z.mT.unflatten(2, grid)
+        return self.vae.decode(F.pixel_shuffle(packed * deviation + mean, 2)).sample
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """Qwen3 or Mistral 3, by the folder's own configuration."""
+        if self._reads_mistral:
+            from transformers import Mistral3ForConditionalGeneration as Encoder
+        else:
+            from transformers import Qwen3ForCausalLM as Encoder
+        return self.load("text_encoder", Encoder, dtype=self.dtype).eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoProcessor, AutoTokenizer
+
+        return self.load("tokenizer", AutoProcessor if self._reads_mistral else AutoTokenizer)
+
+    @cached_property
+    def _reads_mistral(self) -> bool:
+        return read_config(self.folder / "text_encoder" / "config.json").get("model_type") == "mistral3"
+
+    def _embed(self, prompts: list[str]) -> Conditioning:
+        from diffusers import Flux2KleinPipeline, Flux2Pipeline
+
+        if self._reads_mistral:
+            embed, length = Flux2Pipeline._get_mistral_3_small_prompt_embeds, 512
+        else:
+            # The miniature was trained with 12 text tokens; real bases take 512. Both say so in their tokenizer.
+            embed, length = Flux2KleinPipeline._get_qwen3_prompt_embeds, min(512, int(self.tokenizer.model_max_length))
+        return {"text": embed(self.text_encoder, self.tokenizer, prompt=prompts, max_sequence_length=length)}
+
+    @staticmethod
+    def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:
+        width = config["joint_attention_dim"]
+        return {"text": torch.randn(count, 4, width, generator=generator, dtype=torch.float64)}
+
+    @staticmethod
+    def call(
+        network: Any,
+        tokens: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        grid: tuple[int, int],
+        references: Sequence[Reference] = (),
+    ) -> Tensor:
+        text = cond["text"].to(tokens)
+        image_ids = [position_ids(0, *grid)]
+        image_ids += [position_ids(REFERENCE_SPACING * (i + 1), *shape) for i, (_, shape) in enumerate(references)]
+        zero = torch.zeros(1)
+        text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(float(text.shape[1])))
+        guidance = None
+        if network.config.guidance_embeds:
+            guidance = cond.get("guidance", torch.full_like(time, DEFAULT_GUIDANCE)).to(time)
+        v: Tensor = network(
+            hidden_states=torch.cat([tokens, *(picture.to(tokens) for picture, _ in references)], dim=1),
+            encoder_hidden_states=text,
+            timestep=time,
+            img_ids=torch.cat(image_ids).to(tokens.device),
+            txt_ids=text_ids.to(tokens.device),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return v[:, : tokens.shape[1]]
 
 
-class TextEncoder:
-    """The klein text path: chat template, three hidden states side by side. Each distinct prompt is encoded once."""
-
-    def __init__(self, folder: Path):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        hush()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        model = AutoModelForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        self.model = model.eval().requires_grad_(False)
-        # The miniature was trained with 12 text tokens; real bases take 512. Both say so in their tokenizer.
-        self.length = min(512, int(self.tokenizer.model_max_length))
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Embed prompts: (len(prompts), tokens, joint width) float32."""
-        from diffusers import Flux2KleinPipeline
-
-        distinct = list(dict.fromkeys(prompts))
-        embedded = torch.cat(
-            [
-                Flux2KleinPipeline._get_qwen3_prompt_embeds(
-                    text_encoder=self.model,
-                    tokenizer=self.tokenizer,
-                    prompt=distinct[start : start + 64],
-                    max_sequence_length=self.length,
-                ).float()
-                for start in range(0, len(distinct), 64)
-            ]
-        )
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        return embedded[torch.tensor([row[p] for p in prompts])]
-
-
-def position_ids(height: int, width: int, text: int) -> tuple[Tensor, Tensor]:
-    """(t, h, w, l) ids of a height x width grid of image tokens, (N, 4), and of ``text`` text tokens, (text, 4)."""
-    one = torch.arange(1)
-    image = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
-    return image.float(), torch.cartesian_prod(one, one, one, torch.arange(text)).float()
-
-
-def call(transformer: Any, tokens: Tensor, time: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
-    """One forward of a FLUX.2 transformer: tokens (B, N, C) at time (B,) with text (B, L, J) on an (h, w) grid."""
-    image_ids, text_ids = position_ids(*grid, text.shape[1])
-    return transformer(
-        hidden_states=tokens,
-        encoder_hidden_states=text.to(tokens.dtype),
-        timestep=time,
-        img_ids=image_ids.to(tokens.device),
-        txt_ids=text_ids.to(tokens.device),
-        return_dict=False,
-    )[0]
+def position_ids(t: int, height: int, width: int) -> Tensor:
+    """(t, h, w, l) ids of the tokens of a height x width grid, (N, 4)."""
+    one = torch.zeros(1)
+    return torch.cartesian_prod(one + t, torch.arange(float(height)), torch.arange(float(width)), one)

@@ -1,10 +1,11 @@
 """Folding a basis into the in- and out-projection, and the exact test that the result is the same model.
 
-W_in' = W_in A^T    (inner, D)        W_out' = A W_out    (D, inner)
+W_in' = W_in A^T    (inner, D)        W_out' = A W_out    (D, inner)        b_out' = A b_out    (D,)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,23 +14,77 @@ from torch import Tensor
 from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.sampler import euler
+from flux2pixel.bases.base import Order, Projections
 from flux2pixel.errors import UsageError
 
 Network = Callable[[Tensor, Tensor], Tensor]
+RGB = 3  # channels of a pixel token
+LATENT_PATCH = 2  # latents along the side of a token, in every family whose Linear wants ph,pw,c
 
 
-def fold(state: Mapping[str, Tensor], basis: Tensor, in_projection: str, out_projection: str) -> dict[str, Tensor]:
-    """Return the state dict of the pixel model; products in float64, stored in each tensor's own dtype."""
-    a = basis.double()
-    w_in, w_out = state[in_projection], state[out_projection]
-    if w_in.shape[1] != a.shape[1] or w_out.shape[0] != a.shape[1]:
+def fold_in(weight: Tensor, basis: Tensor, order: Order = "c,ph,pw") -> Tensor:
+    """W_in' = W_in A^T of a Linear (inner, r) -> (inner, D), or of a convolution (inner, c, p, p) -> (inner, 3, P, P).
+
+    ``basis`` is A, (D, r), in c,ph,pw order on both sides; ``order`` is how the Linear flattens a token, before and
+    after. The product is in float64, the result in the weight's dtype. Raises UsageError if the rank does not fit.
+    """
+    _check_rank(weight[0].numel(), basis)
+    rows = weight.flatten(1).double()
+    if order == "ph,pw,c":
+        rows = rows[:, _channel_first(rows.shape[1], LATENT_PATCH)]
+    wide = rows @ basis.double().to(weight.device).mT
+    side = math.isqrt(basis.shape[0] // RGB)
+    if order == "ph,pw,c":
+        wide = wide[:, _channel_first(basis.shape[0], side).argsort()]
+    if weight.ndim == 4:
+        wide = wide.unflatten(1, (RGB, side, side))
+    return wide.to(weight.dtype).contiguous()
+
+
+def fold_out(tensor: Tensor, basis: Tensor, order: Order = "c,ph,pw") -> Tensor:
+    """W_out' = A W_out, (r, inner) -> (D, inner), and b_out' = A b_out, (r,) -> (D,); orders and dtypes as above."""
+    _check_rank(len(tensor), basis)
+    rows = tensor.double()
+    if order == "ph,pw,c":
+        rows = rows[_channel_first(len(rows), LATENT_PATCH)]
+    wide = basis.double().to(tensor.device) @ rows
+    if order == "ph,pw,c":
+        wide = wide[_channel_first(len(wide), math.isqrt(len(wide) // RGB)).argsort()]
+    return wide.to(tensor.dtype).contiguous()
+
+
+def folded_names(projections: Projections) -> frozenset[str]:
+    """Names, in the latent checkpoint, of the tensors that folding changes; biases are absent in some families."""
+    output = projections.output
+    return frozenset({f"{name}.weight" for name in projections.inputs} | {f"{output}.weight", f"{output}.bias"})
+
+
+def fold_tensor(name: str, tensor: Tensor, basis: Tensor, projections: Projections) -> Tensor:
+    """Fold the tensor that the latent checkpoint calls ``name``; one that folding does not concern comes back as is."""
+    if name not in folded_names(projections):
+        return tensor
+    if name.rpartition(".")[0] == projections.output:
+        return fold_out(tensor, basis, projections.output_order)
+    return fold_in(tensor, basis, projections.input_order)
+
+
+def fold(
+    state: Mapping[str, Tensor], basis: Tensor, projections: Projections, rename: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """The state dict of the pixel model; ``rename`` is the family's ``pixel_name``."""
+    return {rename(name): fold_tensor(name, tensor, basis, projections) for name, tensor in state.items()}
+
+
+def _channel_first(width: int, side: int) -> Tensor:
+    """The permutation that takes a (side, side, c) token of ``width`` numbers to c,ph,pw: ``first = last[index]``."""
+    return torch.arange(width).view(side, side, -1).permute(2, 0, 1).flatten()
+
+
+def _check_rank(width: int, basis: Tensor) -> None:
+    if width != basis.shape[1]:
         raise UsageError(
-            f"subspace: rank {a.shape[1]} does not fit the base, whose latent tokens have {w_in.shape[1]} numbers"
+            f"subspace: rank {basis.shape[1]} does not fit the base, whose latent tokens have {width} numbers"
         )
-    folded = dict(state)
-    folded[in_projection] = (w_in.double() @ a.mT).to(w_in.dtype).contiguous()
-    folded[out_projection] = (a @ w_out.double()).to(w_out.dtype).contiguous()
-    return folded
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 from flux2pixel import __version__, bases, files
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases import flux2
+from flux2pixel.bases.base import Base
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.progress import say
@@ -26,7 +26,7 @@ def convert(recipe: Recipe, run: Path, subspace: Path | None = None, out: Path |
     Raises Flux2PixelError if the exact test's error is above ``convert.tolerance``: nothing is written then.
     """
     torch.set_num_threads(recipe.threads)
-    base = flux2.Flux2(bases.resolve(recipe.base))
+    base = bases.open_base(recipe.base)
     subspace = subspace or run / "subspace.safetensors"
     flow, metadata = read_subspace(subspace)
     _check_fit(base, recipe.base, flow, metadata, subspace)
@@ -43,7 +43,7 @@ def convert(recipe: Recipe, run: Path, subspace: Path | None = None, out: Path |
         pixel.save_pretrained(folder / "transformer")
         for part in COMPANIONS:
             shutil.copytree(base.folder / part, folder / part)
-        write_asymflow(folder, flow, base.patch_size, recipe)
+        write_asymflow(folder, flow, base, recipe)
         record = {
             "version": __version__,
             "base": recipe.base,
@@ -59,7 +59,7 @@ def convert(recipe: Recipe, run: Path, subspace: Path | None = None, out: Path |
     return destination
 
 
-def _check_fit(base: flux2.Flux2, name: str, flow: AsymFlow, metadata: dict[str, str], path: Path) -> None:
+def _check_fit(base: Base, name: str, flow: AsymFlow, metadata: dict[str, str], path: Path) -> None:
     """Refuse a subspace of another base, VAE, patch size or rank."""
     width = (3 * base.patch_size**2, base.latent_width)
     if tuple(flow.basis.shape) != width:
@@ -70,49 +70,45 @@ def _check_fit(base: flux2.Flux2, name: str, flow: AsymFlow, metadata: dict[str,
         raise UsageError(f"{path}: fitted for base {metadata.get('base')!r}, not for {name!r}; fit one for this base")
 
 
-def widen(base: flux2.Flux2, flow: AsymFlow):
+def widen(base: Base, flow: AsymFlow):
     """The stock transformer class with D channels in and out, holding the folded weights (float32)."""
-    from diffusers import Flux2Transformer2DModel
-
-    width = flow.basis.shape[0]
-    config = {k: v for k, v in base.transformer.config.items() if not k.startswith("_")}
-    pixel = Flux2Transformer2DModel(**config | {"in_channels": width, "out_channels": width})
-    state = fold(base.transformer.state_dict(), flow.basis, flux2.IN_PROJECTION, flux2.OUT_PROJECTION)
-    pixel.load_state_dict(state)
+    pixel = base.network_class()(**base.pixel_config(dict(base.transformer.config)))
+    pixel.load_state_dict(fold(base.transformer.state_dict(), flow.basis, base.projections, base.pixel_name))
     return pixel.eval()
 
 
-def _verify(base: flux2.Flux2, pixel, flow: AsymFlow, recipe: Recipe) -> float:
+def _verify(base: Base, pixel, flow: AsymFlow, recipe: Recipe) -> float:
     """The acceptance test on an odd aspect ratio with random text, everything in float64, the fold redone exactly."""
     exact = flow.to(torch.float64)
     u, _, vh = torch.linalg.svd(exact.basis, full_matrices=False)
     exact.basis = u @ vh  # float32 storage leaves 1e-8 of non-orthonormality; the identity is about orthonormal A
     latent, wide = copy.deepcopy(base.transformer).double(), copy.deepcopy(pixel).double()
-    state = fold(latent.state_dict(), exact.basis, flux2.IN_PROJECTION, flux2.OUT_PROJECTION)
+    state = fold(latent.state_dict(), exact.basis, base.projections, base.pixel_name)
     drift = max(float((state[k] - v).abs().max()) for k, v in wide.state_dict().items())
     if drift > 1e-5:
         raise Flux2PixelError(f"convert: folded weights differ from the float64 fold by {drift:.1e}; not written")
     wide.load_state_dict(state)
     generator = torch.Generator().manual_seed(recipe.seed)
     grid = (2, 3)
-    text = torch.randn(2, 4, latent.config.joint_attention_dim, generator=generator, dtype=torch.float64)
+    cond = base.random_conditioning(base.config, 2, generator)
     noise = torch.randn(2, 6, flow.basis.shape[0], generator=generator, dtype=torch.float64)
     return exactness(
-        lambda z, t: flux2.call(latent, z, t, text, grid),
-        lambda x, t: flux2.call(wide, x, t, text, grid),
+        lambda z, t: base.call(latent, z, t, cond, grid),
+        lambda x, t: base.call(wide, x, t, cond, grid),
         exact,
         noise,
         recipe.convert.verify_steps,
     )
 
 
-def write_asymflow(folder: Path, flow: AsymFlow, patch: int, recipe: Recipe) -> None:
+def write_asymflow(folder: Path, flow: AsymFlow, base: Base, recipe: Recipe) -> None:
     """Write ``asymflow.safetensors`` (basis, scale) and ``asymflow.json`` (how to use them)."""
     from safetensors.torch import save_file
 
     tensors = {"basis": flow.basis.float().contiguous(), "scale": flow.scale.float()}
     save_file(tensors, folder / "asymflow.safetensors", {"format": "flux2pixel.asymflow", "recipe": dumps(recipe)})
-    use = {"patch_size": patch, "patch_order": "c,ph,pw", "color_space": "oklab-normalised", "base": recipe.base}
+    use = {"patch_size": base.patch_size, "patch_order": "c,ph,pw", "color_space": base.color_space}
+    use |= {"base": recipe.base, "family": base.family}
     use |= {"sigma_min": flow.sigma_min, "sampler": as_dict(recipe)["sample"], "version": __version__}
     files.write_json(folder / "asymflow.json", use)
 
@@ -128,7 +124,7 @@ tags: [flux2pixel, asymflow]
 ---
 # {base}, pixel space
 
-The FLUX.2 transformer of `{base}` with its in- and out-projection folded through a pixel-latent patch basis
+The transformer of `{base}` with its in- and out-projection folded through a pixel-latent patch basis
 (method {metadata.get("method")}, {flow.basis.shape[0]} x {flow.basis.shape[1]}, scale {float(flow.scale):.4f}).
 Coupled sampling in float64 agrees with the latent base to {error:.1e}. `transformer/` is the stock diffusers class;
 `asymflow.safetensors` and `asymflow.json` hold what turns its output into pixels. Made by flux2pixel {__version__}.

@@ -16,7 +16,7 @@ import torch
 
 from flux2pixel import __version__, bases, files
 from flux2pixel.asymflow.pipeline import LatentModel, PixelModel, open_model, seeded_noise, to_bytes
-from flux2pixel.bases.flux2 import Flux2
+from flux2pixel.bases.base import take
 from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.claims import claims
 from flux2pixel.evaluate.fidelity import measure
@@ -111,7 +111,7 @@ def _score(name: str, model: LatentModel | PixelModel, posed: Sequence[dict], re
             )
             begun = time.perf_counter()
             rows = torch.tensor([p for p, _ in batch])
-            made.append(to_bytes(model(text[rows], empty.expand(len(batch), -1, -1), noise, size)))
+            made.append(to_bytes(model(take(text, rows), take(empty, rows * 0), noise, size)))
             seconds += time.perf_counter() - begun
             progress.advance(len(batch))
     images = np.concatenate(made).reshape(len(posed), settings.samples, world.SIZE, world.SIZE, 3)
@@ -210,7 +210,7 @@ def _renders(posed: Sequence[dict], count: int, start: int) -> np.ndarray:
 
 def _through_vae(recipe: Recipe, images: np.ndarray) -> np.ndarray:
     """The base VAE's reconstruction: the ceiling of anything latent."""
-    base = Flux2(bases.resolve(recipe.base))
+    base = bases.open_base(recipe.base)
     rgb = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     parts = [base.decode(base.encode(part), *images.shape[1:3]) for part in rgb.split(120)]
     return to_bytes(torch.cat(parts))

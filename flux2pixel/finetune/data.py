@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.bases.flux2 import Flux2
+from flux2pixel.bases.base import Base, Conditioning
 from flux2pixel.progress import bar
 
 
 @dataclass(frozen=True)
 class Cache:
-    """``pixels`` (M, N, D), ``latents`` (M, N, r), both float16; ``text`` (K, L, J), row 0 empty; ``rows`` (M,)."""
+    """``pixels`` (M, N, D), ``latents`` (M, N, r), both float16; ``text`` of K captions, row 0 empty; ``rows`` (M,)."""
 
     pixels: Tensor
     latents: Tensor
-    text: Tensor
+    text: Conditioning
     rows: Tensor
 
 
-def encode_scenes(base: Flux2, count: int, start: int, batch: int = 250) -> Cache:
+def encode_scenes(base: Base, count: int, start: int, batch: int = 250) -> Cache:
     """Render and encode scenes ``start`` to ``start + count``; captions held out for evaluation never occur."""
     from flux2pixel.miniature import world
 

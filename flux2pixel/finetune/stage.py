@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from flux2pixel import bases, files
 from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.pipeline import PixelModel, load_pixel_model
-from flux2pixel.bases import flux2
+from flux2pixel.bases.base import Base, Conditioning, take
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.finetune.data import Cache, encode_scenes
 from flux2pixel.finetune.ema import PowerEma
@@ -29,14 +29,14 @@ FIRST_SCENE = 2_000_000
 class Trainer:
     """One process, all weights trainable; draws are a function of the step, so that a resumed run repeats them."""
 
-    def __init__(self, recipe: Recipe, model: PixelModel, base: flux2.Flux2, cache: Cache):
+    def __init__(self, recipe: Recipe, model: PixelModel, base: Base, cache: Cache):
         self.recipe, self.settings = recipe, recipe.finetune
         self.model, self.base, self.cache = model, base, cache
         side = math.isqrt(cache.pixels.shape[1])
         self.grid = (side, side)
         self.net = model.transformer.train().requires_grad_(True)
-        out = [p for n, p in self.net.named_parameters() if n == flux2.OUT_PROJECTION]
-        rest = [p for n, p in self.net.named_parameters() if n != flux2.OUT_PROJECTION]
+        out = list(self.net.get_submodule(base.pixel_name(base.projections.output)).parameters())
+        rest = [p for p in self.net.parameters() if all(p is not q for q in out)]
         self.rates = (self.settings.lr, self.settings.out_projection_lr)
         self.optimizer = torch.optim.AdamW(
             [{"params": rest}, {"params": out}], lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0.0
@@ -44,7 +44,7 @@ class Trainer:
         self.ema = PowerEma(self.net, self.settings.ema_gamma)
         self.step = 0
 
-    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor, Conditioning, Tensor, Tensor]:
         """Pixel tokens, latent tokens, text, sigma and noise of this step's batch."""
         generator = Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
         count = self.settings.batch
@@ -53,19 +53,19 @@ class Trainer:
         rows[torch.rand(count, generator=generator) < self.settings.caption_dropout] = 0
         x0, z0 = self.cache.pixels[index].float(), self.cache.latents[index].float()
         sigma = schedule.draw(count, self.settings.shift, generator)
-        return x0, z0, self.cache.text[rows], sigma, torch.randn(x0.shape, generator=generator)
+        return x0, z0, take(self.cache.text, rows), sigma, torch.randn(x0.shape, generator=generator)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _reference(self, x0_low: Tensor, eps: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def _reference(self, x0_low: Tensor, eps: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
         """The frozen converted model's x0_hat on low-rank tokens, run as the latent base: lift(z - tau v)."""
         flow = self.model.flow
         k, tau = (c.view(-1, 1, 1) for c in flow.calibrate(sigma))
         level = sigma.view(-1, 1, 1)
         z = k * (torch.lerp(x0_low, eps, level) @ flow.basis)
         with torch.no_grad(), self._autocast():
-            v = flux2.call(self.base.transformer, z, tau.flatten(), text, self.grid)
+            v = self.base.call(self.base.transformer, z, tau.flatten(), text, self.grid)
         return flow.lift(z - tau * v.float())
 
     def loss(self) -> tuple[Tensor, float]:
@@ -75,7 +75,7 @@ class Trainer:
         x_t = torch.lerp(x0, eps, sigma.view(-1, 1, 1))
         k, tau = flow.calibrate(sigma)
         with self._autocast():
-            v = flux2.call(self.net, k.view(-1, 1, 1) * x_t, tau, text, self.grid)
+            v = self.base.call(self.net, k.view(-1, 1, 1) * x_t, tau, text, self.grid)
         x0_hat = flow.predict_x0(v.float(), x_t, sigma)
         if self.settings.loss == "flow-matching":
             return flow_matching(x0, x0_hat, sigma, self.settings.sigma_min), 0.0
@@ -131,7 +131,7 @@ def finetune(recipe: Recipe, run: Path, model: Path | None = None, out: Path | N
     if recipe.base != "klein-tiny":
         raise UsageError("finetune: only the miniature's scenes can be trained on in this version; use base klein-tiny")
     pixel = load_pixel_model(source, recipe.sample)
-    base = flux2.Flux2(bases.resolve(recipe.base))
+    base = bases.open_base(recipe.base)
     say(f"finetune: model {source}, {settings.images} scenes, loss {settings.loss}")
     trainer = Trainer(recipe, pixel, base, encode_scenes(base, settings.images, FIRST_SCENE))
     checkpoint = run / "finetune.ckpt"

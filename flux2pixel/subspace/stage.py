@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from flux2pixel import bases, files
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.bases.flux2 import Flux2
+from flux2pixel.bases.base import Base
 from flux2pixel.errors import UsageError
 from flux2pixel.progress import bar, say
 from flux2pixel.recipe import Recipe, dumps
@@ -27,7 +27,7 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None) -> Path:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     settings = recipe.fit_subspace
-    base = Flux2(bases.resolve(recipe.base))
+    base = bases.open_base(recipe.base)
     say(f"fit-subspace: base {base.folder}, images {settings.source}")
     halves = _gather(base, recipe)
     moments = halves[0] + halves[1]
@@ -44,7 +44,7 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None) -> Path:
     report["spectrum"] = diagnostics.spectrum(moments)
     path = out or run / "subspace.safetensors"
     metadata = {"method": settings.method, "base": recipe.base, "patch_size": base.patch_size}
-    metadata |= {"patch_order": "c,ph,pw", "color_space": "oklab-normalised", "recipe": dumps(recipe)}
+    metadata |= {"patch_order": "c,ph,pw", "color_space": base.color_space, "recipe": dumps(recipe)}
     metadata |= {"images": moments.images, "tokens": moments.tokens}
     metadata["vae_sha256"] = files.digest(base.folder / "vae" / "diffusion_pytorch_model.safetensors")
     write_subspace(path, basis, scale, metadata)
@@ -54,14 +54,14 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None) -> Path:
     return path
 
 
-def _batches(base: Flux2, recipe: Recipe) -> Iterator[Tensor]:
+def _batches(base: Base, recipe: Recipe) -> Iterator[Tensor]:
     settings = recipe.fit_subspace
     if settings.source == "scenes":
         return source.scenes(settings.images, settings.batch, FIRST_SCENE)
     return source.folder(Path(settings.source), settings.images, base.patch_size)
 
 
-def _gather(base: Flux2, recipe: Recipe) -> tuple[Moments, Moments]:
+def _gather(base: Base, recipe: Recipe) -> tuple[Moments, Moments]:
     """Sums over the even and over the odd batches: together the fit, apart its stability."""
     width = 3 * base.patch_size**2
     halves = Moments.zeros(width, base.latent_width), Moments.zeros(width, base.latent_width)
@@ -76,7 +76,7 @@ def _gather(base: Flux2, recipe: Recipe) -> tuple[Moments, Moments]:
     return halves
 
 
-def _estimate(method: str, moments: Moments, base: Flux2, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _estimate(method: str, moments: Moments, base: Base, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     if method == "procrustes":
         return estimators.procrustes(moments)
     if method == "pca":
@@ -87,7 +87,7 @@ def _estimate(method: str, moments: Moments, base: Flux2, rank: int, seed: int) 
     return basis, estimators.scale_of(basis, moments)
 
 
-def _jacobian(base: Flux2) -> Tensor:
+def _jacobian(base: Base) -> Tensor:
     """The smoothed decoder Jacobian at the VAE's prior, into Oklab tokens."""
     side = 4 * base.patch_size
 
@@ -98,7 +98,7 @@ def _jacobian(base: Flux2) -> Tensor:
     return estimators.decoder_jacobian(decode, lambda: torch.randn(64, 16, base.latent_width))
 
 
-def _stability(halves: tuple[Moments, Moments], method: str, base: Flux2, rank: int, seed: int) -> float | None:
+def _stability(halves: tuple[Moments, Moments], method: str, base: Base, rank: int, seed: int) -> float | None:
     """The largest principal angle, in degrees, between bases fitted on the two halves; None if it cannot tell."""
     if method not in ("procrustes", "pca") or not halves[1].tokens:
         return None
