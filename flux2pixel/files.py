@@ -26,11 +26,20 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save(temporary)
+            _share(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _share(*written: Path) -> None:
+    """Give files the permissions of the user's umask: safetensors writes for the owner's eyes only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in written:
+        path.chmod(0o666 & ~mask)
 
 
 @contextmanager
@@ -76,6 +85,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with _write_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
+            _share(*(file for file in temporary.rglob("*") if file.is_file()))
             retired = path.with_name(path.name + ".old")
             shutil.rmtree(retired, ignore_errors=True)
             if path.exists():
