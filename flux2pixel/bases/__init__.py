@@ -38,9 +38,38 @@ def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
     if not (folder / "asymflow.json").is_file():
         folder = resolve(str(name))
     config = folder / "transformer" / "config.json"
-    match read_config(config).get("_class_name"):
+    name_of_class = read_config(config).get("_class_name")
+    family = _family(name_of_class)
+    if family is None:
+        raise UsageError(f"{config}: _class_name {name_of_class!r} is of no family that can be converted")
+    return family(folder, dtype or torch.float32)
+
+
+def _family(class_name: str | None) -> type[Base] | None:
+    """The family of a stock transformer class."""
+    match class_name:
         case "Flux2Transformer2DModel":
-            from flux2pixel.bases.flux2 import Flux2 as Family
-        case unknown:
-            raise UsageError(f"{config}: _class_name {unknown!r} is of no family that can be converted")
-    return Family(folder, dtype or torch.float32)
+            from flux2pixel.bases.flux2 import Flux2
+
+            return Flux2
+        case "FluxTransformer2DModel":
+            from flux2pixel.bases.flux1 import Flux1
+
+            return Flux1
+        case "SD3Transformer2DModel":
+            from flux2pixel.bases.sd3 import SD3
+
+            return SD3
+        case "QwenImageTransformer2DModel":
+            from flux2pixel.bases.qwen_image import QwenImage
+
+            return QwenImage
+        case "ZImageTransformer2DModel":
+            from flux2pixel.bases.z_image import ZImage
+
+            return ZImage
+        case "Flux3Transformer2DModel":
+            from flux2pixel.bases.flux3 import Flux3
+
+            return Flux3
+    return None

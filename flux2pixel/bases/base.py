@@ -173,7 +173,7 @@ class Base(ABC):
         """The VAE's configuration, as written in the folder."""
         return read_config(self.folder / "vae" / "config.json")
 
-    @cached_property
+    @property
     def distilled(self) -> bool:
         """Whether the checkpoint was distilled to few steps, which switches guidance off."""
         index = self.folder / "model_index.json"
@@ -184,8 +184,7 @@ class Base(ABC):
         """Classifier-free guidance on network outputs v (B, N, C), as the family's own pipeline does it."""
         return unconditional + scale * (conditional - unconditional)
 
-    @staticmethod
-    def pixel_name(name: str) -> str:
+    def pixel_name(self, name: str) -> str:
         """The name, in the pixel model, of a parameter or module of the latent one."""
         return name
 
@@ -208,6 +207,10 @@ class Base(ABC):
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}/{part}: cannot be loaded ({str(error).splitlines()[0]})") from error
 
+    def load_encoder(self, part: str, loader: Any) -> Any:
+        """A text encoder of transformers, in ``dtype``, frozen."""
+        return self.load(part, loader, dtype=self.dtype).eval().requires_grad_(False)
+
     @torch.no_grad()
     def encode(self, rgb: Tensor) -> Tensor:
         """sRGB in [0, 1], (B, 3, H, W) -> normalised, packed latent tokens (B, N, r)."""
@@ -224,6 +227,12 @@ class Base(ABC):
         chunks = (distinct[first : first + TEXT_BATCH] for first in range(0, len(distinct), TEXT_BATCH))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         return take(stack(*map(self._embed, chunks)), torch.tensor([row[prompt] for prompt in prompts]))
+
+
+def refuse_references(family: str, references: Sequence[Reference]) -> None:
+    """Raise UsageError if there are pictures to edit, for families that take none."""
+    if references:
+        raise UsageError(f"{family} takes no reference images; leave them out, or use a FLUX.2 base")
 
 
 def read_config(path: Path) -> dict[str, Any]:

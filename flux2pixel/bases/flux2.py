@@ -19,22 +19,8 @@ DEFAULT_GUIDANCE = 4.0  # FLUX.2 dev's own, for calls that name none
 REFERENCE_SPACING = 10  # of the pictures to edit, along the time axis of the position ids
 
 
-class Flux2(Base):
-    """A FLUX.2 checkpoint; klein reads prompts with Qwen3, dev with Mistral 3."""
-
-    family = "flux2"
-    projections = Projections(inputs=("x_embedder",), output="proj_out", modulation="norm_out.linear")
-    lora_targets = (
-        r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)",
-        r"single_transformer_blocks\.\d+\.attn\.to_out",
-        r"time_guidance_embed\.timestep_embedder\.linear_[12]",
-    )
-
-    @staticmethod
-    def network_class() -> Any:
-        from diffusers import Flux2Transformer2DModel
-
-        return Flux2Transformer2DModel
+class FluxVae(Base):
+    """A family on AutoencoderKLFlux2: packed 2 x 2, each of the packed numbers normalised by its own statistics."""
 
     @staticmethod
     def vae_class() -> Any:
@@ -51,15 +37,6 @@ class Flux2(Base):
     def patch_size(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1) * int(self.vae_config["patch_size"][0])
 
-    @property
-    def guidance(self) -> Guidance:
-        if self.config.get("guidance_embeds", True):
-            return "embedded"
-        return "none" if self.distilled else "cfg"
-
-    def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
-
     def _statistics(self) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
@@ -75,6 +52,33 @@ class Flux2(Base):
         packed = z.mT.unflatten(2, grid)
         return self.vae.decode(F.pixel_shuffle(packed * deviation + mean, 2)).sample
 
+
+class Flux2(FluxVae):
+    """A FLUX.2 checkpoint; klein reads prompts with Qwen3, dev with Mistral 3."""
+
+    family = "flux2"
+    projections = Projections(inputs=("x_embedder",), output="proj_out", modulation="norm_out.linear")
+    lora_targets = (
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)",
+        r"single_transformer_blocks\.\d+\.attn\.to_out",
+        r"time_guidance_embed\.timestep_embedder\.linear_[12]",
+    )
+
+    @staticmethod
+    def network_class() -> Any:
+        from diffusers import Flux2Transformer2DModel
+
+        return Flux2Transformer2DModel
+
+    @property
+    def guidance(self) -> Guidance:
+        if self.config.get("guidance_embeds", True):
+            return "embedded"
+        return "none" if self.distilled else "cfg"
+
+    def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
+
     @cached_property
     def text_encoder(self) -> Any:
         """Qwen3 or Mistral 3, by the folder's own configuration."""
@@ -82,7 +86,7 @@ class Flux2(Base):
             from transformers import Mistral3ForConditionalGeneration as Encoder
         else:
             from transformers import Qwen3ForCausalLM as Encoder
-        return self.load("text_encoder", Encoder, dtype=self.dtype).eval().requires_grad_(False)
+        return self.load_encoder("text_encoder", Encoder)
 
     @cached_property
     def tokenizer(self) -> Any:
