@@ -10,6 +10,7 @@ import typer
 
 from flux2pixel import __version__
 from flux2pixel.commands.about import doctor_command, inspect_command
+from flux2pixel.commands.cache import cache_command
 from flux2pixel.commands.convert import convert_command
 from flux2pixel.commands.evaluate import eval_command
 from flux2pixel.commands.finetune import finetune_command
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("run")(run_all)
 app.command("fit-subspace")(fit_subspace_command)
 app.command("convert")(convert_command)
+app.command("cache")(cache_command)
 app.command("finetune")(finetune_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)

@@ -24,8 +24,11 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Bar]:
-    """Show a bar labelled ``what`` over ``total`` units while the block runs; plain lines when not on a terminal."""
+def bar(what: str, total: int | None) -> Iterator[Bar]:
+    """Show a bar labelled ``what`` over ``total`` units (None: not known) while the block runs.
+
+    Plain lines when not on a terminal.
+    """
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -37,7 +40,7 @@ def bar(what: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         if progress.disable:
-            say(f"{what}: {total}")
+            say(f"{what}: {'unknown number' if total is None else total}")
         yield Bar(progress, progress.add_task(what, total=total, note=""))
 
 

@@ -52,12 +52,29 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Data:
+    """``[data]``: the training images, and the cache of what is computed from them once."""
+
+    source: str = _option(
+        "scenes",
+        "scenes | photographs | a folder | FILE.jsonl | SHARDS.tar | hf:NAME?split=... (see images/sources.py)",
+    )
+    resolution: int = _option(32, "images are scaled to about this many pixels squared, in aspect-ratio buckets", low=8)
+    max_cut: float = _option(0.2, "largest share of an image that its bucket may cut off; else dropped", low=0, high=1)
+    enlarge: bool = _option(False, "enlarge images smaller than their bucket; else they are dropped")
+    max_broken: int = _option(100, "unreadable or uncaptioned images that are skipped before the run fails", low=0)
+    cache: str = _option("cache", "folder of the cache; a relative one is inside the run directory")
+    dtype: str = _option("fp16", "bf16 | fp16 | fp32, of cached latents and text", choices=("bf16", "fp16", "fp32"))
+    batch: int = _option(50, "images encoded at a time", low=1)
+
+
+@dataclass(frozen=True)
 class Finetune:
     """``[finetune]``: training of the converted model on real pixels."""
 
     steps: int = _option(240, "optimizer steps", low=1)
     batch: int = _option(64, "images per step", low=1)
-    images: int = _option(10000, "training images", low=1)
+    images: int = _option(10000, "training images; 0 = all of the source", low=0)
     lr: float = _option(5e-4, "peak learning rate", above=0)
     out_projection_lr: float = _option(1.5e-3, "peak learning rate of the output projection", above=0)
     warmup: int = _option(20, "steps of linear warm-up", low=0)
@@ -107,6 +124,7 @@ class Recipe:
     threads: int = _option(2, "CPU threads", low=1)
     fit_subspace: FitSubspace = FitSubspace()
     convert: Convert = Convert()
+    data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()
     eval: Eval = Eval()

@@ -230,7 +230,7 @@ def test_a_picture_known_already_is_not_decoded(folder):
     (folder / "p3.png").write_bytes(b"bad bytes")
     digest = read_bytes(folder / "p3.png")[1]
     tally = Tally(limit=0)
-    assert len(gather(str(folder), tally=tally, known=lambda d, caption: d == digest)) == 8
+    assert len(gather(str(folder), tally=tally, known=lambda record, d: d == digest)) == 8
     assert tally.known == 1 and tally.seen == 9
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from flux2pixel.errors import UsageError
 from flux2pixel.progress import hush
@@ -76,6 +76,9 @@ class Base(ABC):
         folder: holds ``transformer/``, and what of ``vae/``, ``text_encoder*/``, ``tokenizer*/`` is asked for.
         dtype: of transformer and text encoders; the VAE is float32 always.
     """
+
+    device = torch.device("cpu")
+    """Where its parts go when they are loaded; to be set before the first is used."""
 
     family: ClassVar[str]
     color_space: ClassVar[str] = "oklab-normalised"
@@ -203,7 +206,8 @@ class Base(ABC):
         """``loader.from_pretrained`` of a sub-folder; UsageError naming the folder if that fails."""
         hush()
         try:
-            return loader.from_pretrained(self.folder / part, **options)
+            loaded = loader.from_pretrained(self.folder / part, **options)
+            return loaded.to(self.device) if isinstance(loaded, nn.Module) else loaded
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.folder}/{part}: cannot be loaded ({str(error).splitlines()[0]})") from error
 

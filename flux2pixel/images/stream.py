@@ -111,7 +111,7 @@ class Rules:
     captions: bool = False
 
 
-Known = Callable[[str, str | None], bool]
+Known = Callable[[Record, str], bool]
 
 
 def stream(
@@ -128,8 +128,8 @@ def stream(
 ) -> Iterator[Batch]:
     """Batches of up to ``batch`` pictures, each of one size; the same at every call, whatever ``threads`` is.
 
-    ``known(digest, caption)`` true leaves a picture out before it is decoded, as one done already. What is broken,
-    dropped or enlarged is noted in ``tally``; raises Flux2PixelError when its limit of broken pictures is passed.
+    ``known(record, digest)``, called in a worker thread, true leaves a picture out undecoded, as one done already. What
+    is broken, dropped or enlarged is noted in ``tally``; raises Flux2PixelError when its limit of broken is passed.
     """
     waiting: dict[Size, list[Picture]] = {}
     for record, outcome in _ahead(source.records(rank, world, limit), lambda r: _prepare(r, rules, known), threads):
@@ -160,7 +160,7 @@ def _prepare(record: Record, rules: Rules, known: Known | None) -> tuple[Picture
         if rules.captions and not record.caption:
             return Unreadable("has no caption")
         content, digest = read_bytes(record.content)
-        if known is not None and known(digest, record.caption):
+        if known is not None and known(record, digest):
             return None
         image = decode(content)
     except Unreadable as error:
