@@ -125,7 +125,10 @@ def test_more_broken_pictures_than_allowed_in_all_processes_together(photos, bas
     """One in each part passes each process's own count; their sum does not pass."""
 
     def here(recipe, folder, base, world, advance):
-        return [encode.make_part(recipe, folder, bases.open_base(base.folder), rank, world, advance) for rank in range(world)]
+        return [
+            encode.make_part(recipe, folder, bases.open_base(base.folder), rank, world, advance)
+            for rank in range(world)
+        ]
 
     monkeypatch.setattr(encode, "_run_parts", here)
     with pytest.raises(Flux2PixelError, match=r"2 images are unreadable, more than data\.max_broken 1"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flux2pixel import bases, files
-from flux2pixel.bases.base import Base, Conditioning
+from flux2pixel.bases.base import Base
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.finetune.cache import INDEX, MANIFEST, Cache, Key, Shards, caption_digest, read_manifest
 from flux2pixel.images import Buckets, Record, Rules, Tally, open_source, stream
