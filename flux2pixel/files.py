@@ -85,15 +85,32 @@ def new_folder(path: Path) -> Iterator[Path]:
         with _write_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
-            _share(*(file for file in temporary.rglob("*") if file.is_file()))
+            # A file with another name elsewhere is shared, such as with the base: its mode is not ours to change.
+            _share(*(file for file in temporary.rglob("*") if file.is_file() and file.stat().st_nlink == 1))
+            sync(temporary)
             retired = path.with_name(path.name + ".old")
             shutil.rmtree(retired, ignore_errors=True)
             if path.exists():
                 os.replace(path, retired)
             os.replace(temporary, path)
+            _sync_one(path.parent)
             shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Have every file and folder under ``folder`` reach the disk, so that a rename after it is a promise."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path) -> str:

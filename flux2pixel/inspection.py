@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scip
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file declares: its metadata, and dtype and shape of each tensor by name."""
+    """What a safetensors file declares: its metadata, and by tensor name dtype and shape, first and last byte."""
 
     metadata: dict[str, str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    spans: dict[str, tuple[int, int]]
 
     @property
     def parameters(self) -> int:
@@ -59,7 +61,8 @@ def read_header(path: Path) -> Header:
         entries = json.loads(raw)
         notes = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         tensors = {name: _tensor(entry) for name, entry in entries.items()}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        spans = {name: _span(entry, 8 + length) for name, entry in entries.items()}
+        end = max((last for _, last in spans.values()), default=8 + length) - 8 - length
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise Flux2PixelError(f"{path}: not a safetensors file: its header is malformed") from error
     found = size - 8 - length
@@ -67,7 +70,10 @@ def read_header(path: Path) -> Header:
         raise Flux2PixelError(f"{path}: truncated: tensors need {end} bytes, {found} are there; get it again")
     if found > end:
         raise Flux2PixelError(f"{path}: damaged: {found - end} bytes after the last tensor; get it again")
-    return Header(notes, tensors)
+    ordered = sorted(spans.values())
+    if any(before[1] != after[0] for before, after in pairwise([(0, 8 + length), *ordered])):
+        raise Flux2PixelError(f"{path}: damaged: its tensors overlap or leave gaps; get it again")
+    return Header(notes, tensors, spans)
 
 
 def inspect(file: Path) -> str:
@@ -123,6 +129,11 @@ def _tensor(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
     if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
         raise ValueError("shape and offsets disagree")
     return dtype, shape
+
+
+def _span(entry: Mapping[str, Any], origin: int) -> tuple[int, int]:
+    first, last = entry["data_offsets"]
+    return origin + first, origin + last
 
 
 def _read_json(path: Path) -> dict[str, Any]:

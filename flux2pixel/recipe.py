@@ -49,6 +49,10 @@ class Convert:
 
     verify_steps: int = _option(64, "sampling steps of the float64 exactness test", low=1)
     tolerance: float = _option(1e-9, "largest absolute error of that test; above it nothing is written", above=0)
+    dtype: str = _option(
+        "keep", "keep | bf16 | fp16 | fp32: of the written transformer", choices=("keep", "bf16", "fp16", "fp32")
+    )
+    shard_size: float = _option(0.0, "largest file of the transformer, GB; 0 = files as the base has them", low=0)
 
 
 @dataclass(frozen=True)

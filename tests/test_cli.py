@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flux2pixel.cli import app
+from flux2pixel.convert.extras import Extras
 from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
 
@@ -102,7 +103,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
     common = ["--run", tmp_path / "run"]
     for words in [
         ["fit-subspace", "--images", tmp_path, "--method", "pca", "--rank", "3", "--out", out],
-        ["convert", "--subspace", subspace, "--out", out],
+        ["convert", "--subspace", subspace, "--out", out, "--link"],
         ["finetune", "--model", tmp_path, "--steps", "4"],
         ["eval", "--model", tmp_path, "--model", tmp_path, "--steps", "4"],
         ["generate", "a photo of a red circle", "--model", tmp_path, "--steps", "4"],
@@ -111,7 +112,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         assert result.exit_code == 0, result.output
     assert [given[2:] for _, given in stages] == [
         (out,),
-        (subspace, out),
+        (subspace, out, Extras(link=True)),
         (tmp_path, None),
         ([tmp_path, tmp_path], None),
         ("a photo of a red circle", tmp_path, None),

@@ -1,6 +1,9 @@
 """``convert``."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from flux2pixel.commands.job import check, one_line_errors, resolve, timed
 from flux2pixel.commands.options import (
@@ -16,6 +19,15 @@ from flux2pixel.commands.options import (
     Set,
     Subspace,
 )
+from flux2pixel.convert.extras import Extras
+from flux2pixel.errors import UsageError
+
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the written transformer: keep, bf16, fp16 or fp32.")]
+ShardSize = Annotated[
+    float | None, typer.Option("--shard-size", metavar="GB", help="Largest file, GB; 0 = as the base.")
+]
+Link = Annotated[bool, typer.Option("--link", help="Share unchanged weight files with the base by hard links.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already at --out.")]
 
 
 def convert_command(
@@ -25,6 +37,10 @@ def convert_command(
     base: Base = None,
     subspace: Subspace = None,
     out: Out = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = None,
+    link: Link = False,
+    overwrite: Overwrite = False,
     seed: Seed = None,
     dry_run: DryRun = False,
     debug: Debug = False,
@@ -32,9 +48,19 @@ def convert_command(
     """Rewrite the base to take and return pixels, and verify that it computes the same."""
     with one_line_errors(debug):
         check(subspace=subspace)
-        job = resolve(recipe, run, assignments, base=base, seed=seed)
+        if out and out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise UsageError(f"--out {out}: not empty; --overwrite replaces a model that flux2pixel wrote there")
+        job = resolve(
+            recipe, run, assignments, base=base, seed=seed, convert__dtype=dtype, convert__shard_size=shard_size
+        )
+        extras = Extras(link=link)
         takes: list[Path | str] = [f"base {job.recipe.base}", subspace or job.run / SUBSPACE]
-        if job.start(takes, [out or job.run / CONVERTED], dry_run):
+        destination = out or job.run / CONVERTED
+        if job.start(takes, [destination], dry_run):
             from flux2pixel.convert.stage import convert
 
-            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out))
+            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras))
+        else:
+            from flux2pixel.convert.prepare import prepare
+
+            typer.echo("\n".join(prepare(job.recipe, None, extras).plan.lines(destination)))
