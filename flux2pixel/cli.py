@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flux2pixel import __version__
-from flux2pixel.commands.about import doctor_command, inspect_command
+from flux2pixel.commands.about import bases_command, doctor_command, inspect_command
 from flux2pixel.commands.cache import cache_command
 from flux2pixel.commands.convert import convert_command
 from flux2pixel.commands.evaluate import eval_command
@@ -34,6 +34,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
+app.command("bases")(bases_command)
 
 
 def _print_version(wanted: bool) -> None:

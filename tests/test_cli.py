@@ -15,7 +15,7 @@ from flux2pixel.convert.extras import Extras
 from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
 
-COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "inspect", "doctor"]
+COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "inspect", "doctor", "bases"]
 
 
 def invoke(*words: str | Path) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flux2pixel import bases, files
 from flux2pixel.asymflow import color, sampler, schedule, tokens
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases.base import Base, Conditioning, stack
+from flux2pixel.bases.base import Base, Conditioning
 from flux2pixel.errors import UsageError
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, Sample
@@ -34,20 +34,21 @@ class Model(Protocol):
     def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor: ...
 
 
-def _guided(
+def _branches(
     base: Base,
     network: Any,
     time: Tensor,
     inputs: Tensor,
     text: Conditioning,
     empty: Conditioning,
+    scale: float,
     grid: tuple[int, int],
-):
-    """Both branches of guidance in one forward, autocast to bf16; returns float32 (conditional, unconditional)."""
+) -> tuple[Tensor, Tensor | None]:
+    """The branches of guidance, autocast to bf16; float32 (conditional, unconditional or None)."""
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        twice = torch.cat([inputs, inputs])
-        both = base.call(network, twice, time.expand(len(twice)), stack(text, empty), grid)
-    return both.float().chunk(2)
+        times = time.expand(len(inputs))
+        conditional, unconditional = base.branches(network, inputs, times, text, empty, scale, grid)
+    return conditional.float(), None if unconditional is None else unconditional.float()
 
 
 @dataclass
@@ -70,8 +71,9 @@ class LatentModel:
         grid = (size[0] // self.base.patch_size, size[1] // self.base.patch_size)
 
         def predict(z: Tensor, tau: Tensor) -> Tensor:
-            conditional, unconditional = _guided(self.base, self.base.transformer, tau, z, text, empty, grid)
-            return z - tau * self.base.guide(conditional, unconditional, self.settings.guidance)
+            scale = self.settings.guidance
+            v, away = _branches(self.base, self.base.transformer, tau, z, text, empty, scale, grid)
+            return z - tau * (v if away is None else self.base.guide(v, away, scale))
 
         taus = schedule.grid(self.settings.steps, self.settings.shift)
         z = sampler.sample(predict, noise @ self.flow.basis, taus, solver=self.settings.solver)
@@ -108,11 +110,11 @@ class PixelModel:
 
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
             k, tau = self.flow.calibrate(sigma)
-            conditional, unconditional = _guided(self.base, self.transformer, tau, k * x, text, empty, grid)
-            if not orthogonal:
-                return self.flow.predict_x0(self.base.guide(conditional, unconditional, scale), x, sigma)
-            toward, away = (self.flow.predict_x0(v, x, sigma) for v in (conditional, unconditional))
-            return sampler.guide(toward, away, scale, orthogonal=True)
+            v, away = _branches(self.base, self.transformer, tau, k * x, text, empty, scale, grid)
+            if away is None or not orthogonal:
+                return self.flow.predict_x0(v if away is None else self.base.guide(v, away, scale), x, sigma)
+            x0, x0_away = (self.flow.predict_x0(branch, x, sigma) for branch in (v, away))
+            return sampler.guide(x0, x0_away, scale, orthogonal=True)
 
         def clamp(x0: Tensor) -> Tensor:
             return tokens.patchify(color.clamp_to_gamut(tokens.unpatchify(x0, self.patch, *size)), self.patch)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux2pixel.bases.known import KNOWN
 from flux2pixel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,19 +16,36 @@ if TYPE_CHECKING:
     from flux2pixel.bases.base import Base
 
 ALIASES = {"klein-tiny": Path(__file__).parent.parent / "miniature" / "klein-tiny"}
+"""Bases that come with the package; those on the Hub are in :data:`flux2pixel.bases.known.KNOWN`."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(base: str) -> Path:
-    """Turn an alias or a folder into the base's folder. Raises UsageError if there is neither."""
+    """Turn an alias, a folder or a Hub id into the base's folder, downloading it if need be.
+
+    Raises UsageError if there is no such base, or it cannot be had, or cannot be converted.
+    """
     folder = ALIASES.get(base, Path(base))
-    if not (folder / "model_index.json").is_file():
-        known = ", ".join(ALIASES)
-        raise UsageError(f"base: {base!r} is neither a known alias ({known}) nor a folder with a model_index.json")
-    return folder
+    if (folder / "transformer" / "config.json").is_file():
+        return folder
+    known = KNOWN.get(base)
+    if known and known.refused:
+        raise UsageError(f"base: {base!r} cannot be converted: {known.refused}; use {known.undistilled}")
+    if known or (_HUB_ID.fullmatch(base) and not folder.exists()):
+        from flux2pixel.bases.hub import download
+
+        return download(known.hub if known else base)
+    if folder.is_dir():
+        raise UsageError(f"base: {base!r} has no transformer/config.json: it is not a diffusers folder")
+    everything = [*ALIASES, *KNOWN]
+    near = difflib.get_close_matches(base, everything, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(everything)}"
+    raise UsageError(f"base: {base!r} is neither an alias nor a folder; {hint}")
 
 
 def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
-    """Open a base, or a model converted from one, by alias or folder; nothing heavy is loaded yet.
+    """Open a base, or a model converted from one, by alias, folder or Hub id; nothing heavy is loaded yet.
 
     The family is told from the class name in ``transformer/config.json``. ``dtype`` is that of the transformer and
     the text encoders, float32 if not given. Raises UsageError if there is no such base or its family is unknown.

@@ -182,6 +182,47 @@ class Base(ABC):
         index = self.folder / "model_index.json"
         return bool(index.is_file() and read_config(index).get("is_distilled"))
 
+    def cautions(self) -> list[str]:
+        """What a user of this checkpoint should know before building on it, a line each."""
+        lines = []
+        if self.distilled:
+            lines.append(
+                f"{self.folder.name} is distilled to few steps: it takes no guidance, and finetuning undoes the "
+                "distillation; its undistilled base is the better start (flux2pixel bases)"
+            )
+        elif self.guidance == "embedded":
+            lines.append(
+                f"{self.folder.name} takes its guidance as a number: there is no unguided branch to push away from"
+            )
+        return lines
+
+    def branches(
+        self,
+        network: Any,
+        tokens: Tensor,
+        time: Tensor,
+        text: Conditioning,
+        empty: Conditioning,
+        scale: float,
+        grid: tuple[int, int],
+        references: Sequence[Reference] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Conditional and, if guidance asks for it, unconditional v (B, N, C); both in one forward.
+
+        Arguments as :meth:`call`, with the conditionings of the prompts and of the empty prompt. The second is None
+        at scale 1, for distilled networks, and for those that take ``scale`` as a number.
+        """
+        if self.guidance == "embedded":
+            text = text | {"guidance": torch.full_like(time, scale)}
+        if self.guidance != "cfg" or scale == 1:
+            return self.call(network, tokens, time, text, grid, references), None
+        pictures = [(torch.cat([picture, picture]), shape) for picture, shape in references]
+        both = self.call(
+            network, torch.cat([tokens, tokens]), torch.cat([time, time]), stack(text, empty), grid, pictures
+        )
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
+
     @staticmethod
     def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance on network outputs v (B, N, C), as the family's own pipeline does it."""

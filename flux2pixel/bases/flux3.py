@@ -33,8 +33,7 @@ class Flux3(FluxVae):
         inputs=("x_embedders.image", "x_embedders.image_cond"), output="proj_out", modulation="norm_out.linear"
     )
     lora_targets = (
-        r"(mode_blocks\.image(_cond)?|txt_mode_blocks)\.\d+\.ff\.linear_(in|out)",
-        r"single_transformer_blocks\.\d+\.attn\.to_out",
+        r"(mode_blocks\.image(_cond)?|txt_mode_blocks|single_transformer_blocks)\.\d+\.ff\.linear_(in|out)",
         r"timestep_embedder\.linear_[12]",
     )
 

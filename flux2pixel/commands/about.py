@@ -1,4 +1,4 @@
-"""``inspect`` and ``doctor``: what a file is, and what this machine can run."""
+"""``inspect``, ``doctor`` and ``bases``: what a file is, what this machine can run, what can be converted."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,3 +32,11 @@ def doctor_command(
         typer.echo(report)
         if problems:
             raise Flux2PixelError(f"the recipe cannot run here: {'; '.join(problems)}")
+
+
+def bases_command(debug: Debug = False) -> None:
+    """List the bases that can be converted: alias, Hub id, licence, size, token widths, status."""
+    with one_line_errors(debug):
+        from flux2pixel.bases.known import table
+
+        typer.echo(table())

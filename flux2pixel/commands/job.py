@@ -14,6 +14,7 @@ import typer
 
 from flux2pixel import recipe as recipes
 from flux2pixel.bases import ALIASES
+from flux2pixel.bases.known import KNOWN
 from flux2pixel.errors import Flux2PixelError, UsageError, one_line
 from flux2pixel.files import write, write_json
 from flux2pixel.recipe import Recipe, setting
@@ -92,7 +93,7 @@ def check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | No
     if gpus != 1:
         raise UsageError(f"--gpus {gpus}: only 1 device is supported now; leave it out")
     for model in models:
-        if model is not None and not model.is_dir() and str(model) not in ALIASES:
+        if model is not None and not model.is_dir() and str(model) not in {*ALIASES, *KNOWN}:
             raise UsageError(f"--model {model}: no such folder; give a converted or finetuned folder, or a base")
     if subspace is not None and not subspace.is_file():
         raise UsageError(f"--subspace {subspace}: no such file; write one with flux2pixel fit-subspace")
