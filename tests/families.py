@@ -100,14 +100,17 @@ TINY = {
 }
 
 
-def write_base(folder: Path, name: str) -> Path:
-    """Write the tiny base called ``name`` as a diffusers folder, every parameter random, biases and norms included."""
+def write_base(folder: Path, name: str, **changes: Any) -> Path:
+    """Write the tiny base called ``name`` as a diffusers folder, every parameter random, biases and norms included.
+
+    ``changes`` go to the transformer's configuration.
+    """
     import diffusers
 
     tiny = TINY[name]
     torch.manual_seed(sum(map(ord, name)))
     for part, class_name, config in (
-        ("transformer", tiny.transformer, tiny.config),
+        ("transformer", tiny.transformer, tiny.config | changes),
         ("vae", tiny.vae, tiny.vae_config),
     ):
         model = getattr(diffusers, class_name)(**config)
@@ -120,5 +123,7 @@ def write_base(folder: Path, name: str) -> Path:
             model.bn.running_mean.normal_()
             model.bn.running_var.uniform_(0.5, 2)
         model.save_pretrained(folder / part)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    index = "modular_model_index.json" if name == "flux3" else "model_index.json"
+    (folder / index).write_text(json.dumps({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0).save_pretrained(folder / "scheduler")
     return folder

@@ -182,7 +182,6 @@ def test_distilled_checkpoints_are_known_and_not_guided(tmp_path):
     assert "distilled to few steps" in bases.open_base(klein).cautions()[0]
     turbo = write_base(tmp_path / "turbo", "z-image")
     assert bases.open_base(turbo).guidance == "cfg"
-    (turbo / "scheduler").mkdir()
     (turbo / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
     assert bases.open_base(turbo).guidance == "none"
     assert bases.open_base(write_base(tmp_path / "schnell", "flux1-schnell")).guidance == "none"

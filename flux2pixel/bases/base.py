@@ -28,6 +28,7 @@ Reference = tuple[Tensor, tuple[int, int]]  # tokens (B, M, C) of a picture to e
 Order = Literal["c,ph,pw", "ph,pw,c"]
 Guidance = Literal["cfg", "embedded", "none"]
 TEXT_BATCH = 64
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 
 
 def take(cond: Conditioning, index: Tensor | slice) -> Conditioning:
@@ -230,6 +231,16 @@ class Base(ABC):
 
     def pixel_name(self, name: str) -> str:
         """The name, in the pixel model, of a parameter or module of the latent one."""
+        return name
+
+    @staticmethod
+    def shallow(config: dict[str, Any]) -> dict[str, Any]:
+        """A transformer configuration with one block of each kind, to prove what does not fit in memory whole."""
+        return {key: min(int(value), 1) if key in DEPTHS else value for key, value in config.items()}
+
+    @staticmethod
+    def deep_name(name: str, config: dict[str, Any]) -> str:
+        """The name, in the model of ``config``, of a tensor that the model of its :meth:`shallow` calls ``name``."""
         return name
 
     @cached_property

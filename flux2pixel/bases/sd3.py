@@ -45,6 +45,17 @@ class SD3(KLBase):
         changed = {"sample_size": side, "patch_size": self.patch_size, "in_channels": 3, "out_channels": 3}
         return stock_config(config) | changed
 
+    @staticmethod
+    def shallow(config: dict[str, Any]) -> dict[str, Any]:
+        """The first block and the last, which is of a kind of its own: it does not write to the text."""
+        ends = sorted({0, config["num_layers"] - 1})
+        dual = [place for place, block in enumerate(ends) if block in config["dual_attention_layers"]]
+        return config | {"num_layers": len(ends), "dual_attention_layers": dual}
+
+    @staticmethod
+    def deep_name(name: str, config: dict[str, Any]) -> str:
+        return name.replace("transformer_blocks.1.", f"transformer_blocks.{config['num_layers'] - 1}.", 1)
+
     @cached_property
     def _prompts(self) -> Any:
         """The stock pipeline with nothing but its text encoders."""

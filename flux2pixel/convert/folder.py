@@ -10,6 +10,7 @@ from typing import Any
 from flux2pixel import __version__, files
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base, read_config
+from flux2pixel.bases.hub import INDEXES
 from flux2pixel.recipe import Recipe, as_dict, dumps
 
 CHANGED_PARTS = ("transformer", "vae")  # the one is written anew, the other has no use in pixel space
@@ -18,7 +19,8 @@ WEIGHTS = ".safetensors"
 
 def companion_parts(folder: Path) -> tuple[str, ...]:
     """Sub-folders of a base that its pixel model keeps: text encoders, tokenizers, scheduler, as its index says."""
-    index = read_config(folder / "model_index.json")
+    found = [folder / name for name in INDEXES if (folder / name).is_file()]
+    index = read_config(found[0] if found else folder / INDEXES[0])
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     return tuple(part for part in parts if part not in CHANGED_PARTS and not part.startswith("_"))
 

@@ -44,6 +44,8 @@ def convert(
     destination = out or run / "converted"
     job.plan.check_room(destination)
     say(f"convert: base {base.folder}, subspace {subspace}")
+    for caution in base.cautions():
+        say(f"note: {caution}")
     with files.new_folder(destination) as folder:
         digests = write_transformer(job.plan, folder / "transformer", base.pixel_config(base.config), base, recipe)
         shapes = class_shapes(base.network_class(), base.pixel_config(base.config))

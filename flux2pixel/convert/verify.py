@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from torch import Tensor
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base, stock_config
-from flux2pixel.convert.checkpoint import Checkpoint, check_names, open_checkpoint, refuse
+from flux2pixel.convert.checkpoint import Checkpoint, Stored, check_names, open_checkpoint, refuse
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.convert.plan import Plan, class_shapes
 from flux2pixel.convert.write import Output
 
-DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 STORED_STEPS = 8  # enough to see what rounding costs
 GRID = (2, 3)  # tokens; an odd aspect ratio
 
@@ -66,17 +66,15 @@ def prove(
 ) -> Proof | None:
     """Run the acceptance test on the written weights; None if not even one block of each kind fits in memory."""
     network, budget = base.network_class(), available_memory() // 2
-    for depth, config in (("whole", base.config), ("one block of each kind", shallow(base.config))):
+    outputs = {tensor.name: tensor for tensor in latent}
+    for depth, config in (("whole", base.config), ("one block of each kind", base.shallow(base.config))):
         shapes = class_shapes(network, stock_config(config))
         if 8 * sum(map(math.prod, shapes.values())) <= budget:
-            kept = {tensor.name: tensor for tensor in latent if tensor.name in shapes}
-            return _prove(base, config, kept, written, flow, steps, seed, depth)
+            deep = str if depth == "whole" else partial(base.deep_name, config=base.config)
+            kept = {name: outputs[deep(name)] for name in shapes}
+            wide = {n: written.tensors[deep(n)] for n in class_shapes(network, base.pixel_config(config))}
+            return _prove(base, config, kept, wide, flow, steps, seed, depth)
     return None
-
-
-def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer configuration with one block of each kind."""
-    return {key: min(int(value), 1) if key in DEPTHS else value for key, value in config.items()}
 
 
 def available_memory() -> int:
@@ -94,15 +92,15 @@ def _prove(
     base: Base,
     config: dict[str, Any],
     latent: dict[str, Output],
-    written: Checkpoint,
+    written: Mapping[str, Stored],
     flow: AsymFlow,
     steps: int,
     seed: int,
     depth: str,
 ) -> Proof:
     wide_config = base.pixel_config(config)
-    pixel = {n: written.tensors[n].read().double() for n in class_shapes(base.network_class(), wide_config)}
-    shared = {name for name, output in latent.items() if written.tensors[base.pixel_name(name)].shape == output.shape}
+    pixel = {name: tensor.read().double() for name, tensor in written.items()}
+    shared = {name for name, output in latent.items() if written[base.pixel_name(name)].shape == output.shape}
     narrow = {n: pixel[base.pixel_name(n)] if n in shared else t.read().double() for n, t in latent.items()}
     exact = flow.to(torch.float64)
     u, _, vh = torch.linalg.svd(exact.basis, full_matrices=False)
