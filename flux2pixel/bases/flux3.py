@@ -75,7 +75,7 @@ class Flux3(FluxVae):
         embed = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
         # One prompt per call: the window is sized by the prompt, and the transformer attends to all of it.
         texts = [embed(self.text_encoder, self.tokenizer, prompt) for prompt in prompts]
-        return stack(*({"text": text, "mask": torch.ones(text.shape[:2], dtype=torch.bool)} for text in texts))
+        return stack(*({"text": text, "mask": torch.ones_like(text[..., 0], dtype=torch.bool)} for text in texts))
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:

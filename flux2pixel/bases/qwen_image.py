@@ -103,7 +103,9 @@ class QwenImage(Base):
         text, mask = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder.device, max_sequence_length=TEXT_LENGTH
         )
-        return {"text": text, "mask": torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
+        if mask is None:
+            mask = torch.ones(text.shape[:2], device=text.device)
+        return {"text": text, "mask": mask.bool()}
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:

@@ -102,9 +102,9 @@ class ZImage(KLBase):
         embedded, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
-        lengths = torch.tensor([len(one) for one in embedded])
         text = pad_sequence(embedded, batch_first=True)
-        return {"text": text, "mask": torch.arange(text.shape[1]) < lengths.view(-1, 1)}
+        lengths = torch.tensor([len(one) for one in embedded], device=text.device)
+        return {"text": text, "mask": torch.arange(text.shape[1], device=text.device) < lengths.view(-1, 1)}
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:
