@@ -181,8 +181,9 @@ def doctor(recipe: Recipe, run: Path) -> tuple[str, list[str]]:
     if recipe.threads > cpus:
         lines.append(f"  note: the recipe asks for {recipe.threads} threads on {cpus} CPUs; --set threads={cpus}")
     source = recipe.fit_subspace.source
-    if source != "scenes" and not Path(source).is_dir():
-        problems.append(f"fit_subspace.source: no folder {source}")
+    elsewhere = source in ("scenes", "photographs") or source.startswith("hf:") or source.endswith(".tar")
+    if not elsewhere and not Path(source).exists():
+        problems.append(f"fit_subspace.source: no such images: {source}")
     ancestor = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
     if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
         problems.append(f"{run}: cannot be written; choose another --run")

@@ -32,14 +32,30 @@ def _option(
 class FitSubspace:
     """``[fit_subspace]``: the low-rank basis that ties pixels to the base's latents."""
 
-    source: str = _option("scenes", 'where the images come from: "scenes" (the miniature\'s world) or a folder')
-    images: int = _option(4000, "images to fit on", low=1)
+    source: str = _option(
+        "scenes", "scenes | photographs (scikit-learn's two) | a folder | a .jsonl manifest | .tar shards | hf:NAME"
+    )
+    images: int = _option(4000, "images to fit on, the source's first; 0 = all", low=0)
+    resolution: int = _option(0, "images are scaled to about this squared, aspect ratio kept; 0 = own size", low=0)
+    max_broken: int = _option(100, "unreadable images that are skipped; one more fails the run", low=0)
     method: str = _option(
         "procrustes",
         "procrustes | pca | vae-jacobian | random",
         choices=("procrustes", "pca", "vae-jacobian", "random"),
     )
     rank: int = _option(0, "columns of the basis; 0 = width of a latent token", low=0)
+    center: bool = _option(False, "pca: about the mean of the tokens")
+    jacobian: str = _option(
+        "smoothed",
+        "vae-jacobian: smoothed over the VAE's prior | exact | stochastic",
+        choices=("smoothed", "exact", "stochastic"),
+    )
+    linearise_at: str = _option(
+        "prior", "exact and stochastic: the VAE's prior (no images needed) | images", choices=("prior", "images")
+    )
+    points: int = _option(500, "latent images the Jacobian is averaged over", low=1)
+    colour_stride: int = _option(0, "exact: tokens this far apart are moved together; 0 = one at a time", low=0)
+    probes: int = _option(16, "stochastic: passes per batch of latent images", low=2)
     batch: int = _option(250, "images per batch", low=1)
 
 

@@ -16,6 +16,7 @@ from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
 
 COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "inspect", "doctor", "bases"]
+COMMANDS += ["compare", "export-subspace"]
 
 
 def invoke(*words: str | Path) -> Any:
@@ -99,6 +100,7 @@ def test_a_stage_alone_goes_on_with_the_recipe_of_its_run(tmp_path: Path, stages
 def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
     subspace = tmp_path / "s.safetensors"
     subspace.touch()
+    (tmp_path / "a.png").touch()
     out = tmp_path / "out"
     common = ["--run", tmp_path / "run"]
     for words in [
@@ -111,7 +113,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         result = invoke(*words, *common)
         assert result.exit_code == 0, result.output
     assert [given[2:] for _, given in stages] == [
-        (out,),
+        (out, ()),
         (subspace, out, Extras(link=True)),
         (tmp_path, None),
         ([tmp_path, tmp_path], None),
@@ -148,8 +150,8 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, stages: list[Any]) ->
         (["run", "absent.toml"], "absent.toml: no such recipe file"),
         (["run", "a.toml", "--recipe", "b.toml"], "two recipes"),
         (["run", "--gpus", "2"], "--gpus 2: only 1"),
-        (["run", "--images", "absent"], "--images absent: no such folder"),
-        (["fit-subspace", "--images", "absent"], "--images absent: no such folder"),
+        (["run", "--images", "absent"], "--images absent: no such image source"),
+        (["fit-subspace", "--images", "absent"], "--images absent: no such image source"),
         (["fit-subspace", "--method", "pac"], "did you mean pca?"),
         (["convert", "--subspace", "absent"], "--subspace absent: no such file"),
         (["finetune", "--model", "absent"], "--model absent: no such folder"),

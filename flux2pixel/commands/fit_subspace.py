@@ -1,14 +1,19 @@
-"""``fit-subspace``."""
+"""``fit-subspace``, ``compare`` and ``export-subspace``."""
 
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
-from flux2pixel.commands.job import check, image_source, one_line_errors, resolve, timed
+import typer
+
+from flux2pixel.commands.job import image_source, one_line_errors, resolve, timed
 from flux2pixel.commands.options import (
     SUBSPACE,
     Base,
     Debug,
     DryRun,
-    Gpus,
     Images,
     Method,
     Out,
@@ -18,6 +23,13 @@ from flux2pixel.commands.options import (
     Seed,
     Set,
 )
+from flux2pixel.errors import UsageError
+
+Merge = Annotated[
+    list[Path] | None,
+    typer.Option("--merge", help="Sums of other fits (.moments.safetensors) to add, instead of images; repeatable."),
+]
+Gpus = Annotated[int, typer.Option("--gpus", help="Processes to share the images, one a GPU, else on the CPU.")]
 
 
 def fit_subspace_command(
@@ -28,6 +40,7 @@ def fit_subspace_command(
     images: Images = None,
     method: Method = None,
     rank: Rank = None,
+    merge: Merge = None,
     out: Out = None,
     seed: Seed = None,
     gpus: Gpus = 1,
@@ -36,11 +49,61 @@ def fit_subspace_command(
 ) -> None:
     """Fit the low-rank basis that ties pixels to the base's latents."""
     with one_line_errors(debug):
-        check(gpus)
         flags: dict[str, Any] = {"fit_subspace__source": images, "fit_subspace__rank": rank, "seed": seed}
         job = resolve(recipe, run, assignments, base=base, fit_subspace__method=method, **flags)
-        takes = [f"base {job.recipe.base}", image_source(job.recipe)]
-        if job.start(takes, [out or job.run / SUBSPACE], dry_run):
+        for path in merge or ():
+            if not path.is_file():
+                raise UsageError(f"--merge {path}: no such file; give the .moments.safetensors of other fits")
+        takes: list[Path | str] = [f"base {job.recipe.base}"]
+        takes += merge or [image_source(job.recipe)]
+        written = out or job.run / SUBSPACE
+        if os.environ.get("RANK", "0") != "0":  # one process of a launched run, and not the one that writes
             from flux2pixel.subspace.stage import fit_subspace
 
-            timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out))
+            fit_subspace(job.recipe, job.run, out, merge or ())
+        elif job.start(takes, [written], dry_run):
+            from flux2pixel.bases import open_base
+            from flux2pixel.subspace.settings import check
+            from flux2pixel.subspace.stage import fit_subspace
+
+            check(job.recipe, open_base(job.recipe.base))
+            if gpus != 1 and "RANK" not in os.environ:
+                _relaunch(gpus)
+            else:
+                timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out, merge or ()))
+
+
+def _relaunch(gpus: int) -> None:
+    """Run this same command in ``gpus`` processes of torchrun."""
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: give 1 or more")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    # The dashes keep torchrun from taking abbreviations of its own options out of ours.
+    code = subprocess.call([*launcher, "-m", "flux2pixel", "--", *sys.argv[1:]])
+    if code:
+        raise typer.Exit(code)
+
+
+def compare_command(
+    first: Annotated[Path, typer.Argument(help="A subspace, ours or the reference's .pth.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    debug: Debug = False,
+) -> None:
+    """The angles between two bases and the ratio of their scales."""
+    with one_line_errors(debug):
+        from flux2pixel.subspace.file import compare
+
+        typer.echo(compare(first, second))
+
+
+def export_subspace_command(
+    source: Annotated[Path, typer.Argument(help="A subspace, ours or the reference's .pth.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .safetensors (ours) or .pth.")],
+    debug: Debug = False,
+) -> None:
+    """Rewrite a subspace in the reference implementation's format, or in ours."""
+    with one_line_errors(debug):
+        from flux2pixel.subspace.file import export
+
+        export(source, target)
+        typer.echo(f"wrote {target}")

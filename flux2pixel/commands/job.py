@@ -99,16 +99,14 @@ def check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | No
         raise UsageError(f"--subspace {subspace}: no such file; write one with flux2pixel fit-subspace")
 
 
-def image_source(recipe: Recipe) -> Path | str:
-    """Return the folder of images the subspace is fitted on, checked, or words for the miniature's scenes."""
-    source = recipe.fit_subspace.source
-    if source == "scenes":
-        return "the miniature's scenes"
-    if not Path(source).is_dir():
-        raise UsageError(
-            f'--images {source}: no such folder; give a folder of images, or fit_subspace.source = "scenes"'
-        )
-    return Path(source)
+def image_source(recipe: Recipe) -> str:
+    """Return the name of the images that the subspace is fitted on, checked to be there."""
+    from flux2pixel.images import open_source
+
+    try:
+        return open_source(recipe.fit_subspace.source).name
+    except UsageError as error:
+        raise UsageError(f"--images {error}") from error
 
 
 def timed(run: Path, stage: str, work: Callable[[], object]) -> None:

@@ -1,0 +1,165 @@
+"""From images to sums: read and decoded ahead in threads, encoded in batches, added, and saved every minute.
+
+A run that is stopped goes on where it was, with any number of processes: what is saved holds the digests of the images
+that are in the sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flux2pixel import files
+from flux2pixel.asymflow import color, tokens
+from flux2pixel.bases.base import Base
+from flux2pixel.errors import Flux2PixelError
+from flux2pixel.images import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
+from flux2pixel.progress import bar, say
+from flux2pixel.recipe import Recipe
+from flux2pixel.subspace.processes import Processes
+from flux2pixel.subspace.strata import Strata, read_strata, write_strata
+
+# Scenes beyond the miniature's own training set (seeds below 100 000).
+FIRST_SCENE = 1_000_000
+SAVE_SECONDS = 60.0
+_DIGEST = 16  # bytes kept of each image's SHA-256
+
+
+def image_batches(
+    base: Base, recipe: Recipe, tally: Tally, processes: Processes, done: Counter[str] | None = None
+) -> Iterator[Batch]:
+    """This process's batches of the recipe's images; those in ``done`` are counted and left out.
+
+    Raises UsageError if the source or the resolution is none, Flux2PixelError if too many images are broken.
+    """
+    settings = recipe.fit_subspace
+    lock = threading.Lock()
+
+    def known(_: Record, digest: str) -> bool:
+        with lock:  # decoding threads ask at the same time
+            if done is None or not done[digest[: 2 * _DIGEST]]:
+                return False
+            done[digest[: 2 * _DIGEST]] -= 1
+            return True
+
+    # Pictures of their own sizes seldom share one, and would be held back waiting for company.
+    batch = settings.batch if settings.resolution or settings.source == "scenes" else 1
+    rules = Rules(Buckets(settings.resolution, base.patch_size))
+    source, limit = open_images(settings.source), settings.images
+    place = {"rank": processes.rank, "world": processes.world}
+    yield from stream(source, rules, batch, tally, **place, limit=limit, known=known, threads=recipe.threads)
+
+
+def open_images(spec: str) -> Source:
+    """The image source of a fit. Raises UsageError if there is none."""
+    return open_source(spec, FIRST_SCENE)
+
+
+def token_pairs(base: Base, rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """sRGB in [0, 1] (B, 3, H, W) to pixel tokens x (B, N, D) in the model's colours and latent tokens z (B, N, r)."""
+    return tokens.patchify(color.encode(rgb), base.patch_size), base.encode(rgb)
+
+
+def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tuple[Strata, Tally]:
+    """The sums over all images of the recipe, by all processes; ``path`` is where the unfinished sums are saved."""
+    saved = Saved(path, fingerprint(base, recipe), processes)
+    strata, done = saved.read(base)
+    tally = Tally(recipe.fit_subspace.max_broken)
+    summed = list(done) if processes.rank == 0 else []
+    clock = time.monotonic()
+    with bar("fit-subspace", _expected(recipe, processes)) as progress:
+        for batch in image_batches(base, recipe, tally, processes, Counter(done)):
+            try:
+                strata.add(batch.digests, *token_pairs(base, batch.unit.to(processes.device)))
+            except ValueError as error:
+                raise Flux2PixelError(f"{', '.join(batch.names[:3])}: {error}") from error
+            summed += [digest[: 2 * _DIGEST] for digest in batch.digests]
+            progress.advance(len(batch.names))
+            if time.monotonic() - clock > SAVE_SECONDS:
+                saved.write(strata, summed)
+                clock = time.monotonic()
+    # Another process may still fail; what this one did is kept until the basis is written.
+    saved.write(strata, summed)
+    return processes.total(strata, tally)
+
+
+def _expected(recipe: Recipe, processes: Processes) -> int:
+    count, limit = open_images(recipe.fit_subspace.source).count, recipe.fit_subspace.images
+    total = min(count, limit) if count and limit else count or limit
+    return -(-total // processes.world)
+
+
+def fingerprint(base: Base, recipe: Recipe) -> str:
+    """What the sums depend on besides the images: settings of the source, and the VAE's weights."""
+    settings = recipe.fit_subspace
+    parts = [settings.source, settings.images, settings.resolution, base.patch_size, base.color_space, vae_digest(base)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def vae_digest(base: Base) -> str:
+    """SHA-256 over the VAE's weight files."""
+    weights = sorted((base.folder / "vae").glob("*.safetensors"))
+    if len(weights) == 1:
+        return files.digest(weights[0])
+    return hashlib.sha256("".join(files.digest(file) for file in weights).encode()).hexdigest()
+
+
+class Saved:
+    """Unfinished sums beside ``path``, one file a process: ``subspace.partial-0.safetensors``.
+
+    When a run goes on, its first process takes over all sums and notes whose, so that a file of an earlier process that
+    a kill left behind is not counted twice. Machines must share the folder.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, processes: Processes):
+        self.fingerprint, self.processes = fingerprint, processes
+        self.stem, self.folder = path.name.removesuffix(".safetensors"), path.parent
+        self.id, self.absorbed = uuid.uuid4().hex, set[str]()
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.stem}.partial-*.safetensors"))
+
+    def read(self, base: Base) -> tuple[Strata, list[str]]:
+        """The sums so far, all in the first process, and the digests of their images, known to every process."""
+        total, done = Strata(base.token_width, base.latent_width), list[str]()
+        found = [(file, *read_strata(file)) for file in self.files]
+        for file, _, metadata, _ in found:
+            if metadata.get("fingerprint") == self.fingerprint:
+                self.absorbed.update(metadata["absorbed"].split())
+            elif self.processes.rank == 0:
+                say(f"{file}: sums of other images or settings, left out")
+        for _, strata, metadata, extra in found:
+            if metadata.get("fingerprint") == self.fingerprint and metadata["id"] not in self.absorbed:
+                total = total + strata
+                done += [row.numpy().tobytes().hex() for row in extra["digests"]]
+                self.absorbed.add(metadata["id"])
+        self.processes.barrier()  # no file is replaced before all have read it
+        if self.processes.rank == 0 and done:
+            say(f"resuming: {len(done)} images are in the sums already")
+            self.write(total, done)
+        self.processes.barrier()
+        mine = total if self.processes.rank == 0 else Strata(base.token_width, base.latent_width)
+        return mine.to(self.processes.device), done
+
+    def write(self, strata: Strata, digests: list[str]) -> None:
+        """Replace this process's file."""
+        table = torch.tensor(list(bytes.fromhex("".join(digests))), dtype=torch.uint8).view(-1, _DIGEST)
+        mine = self.folder / f"{self.stem}.partial-{self.processes.rank}.safetensors"
+        absorbed = " ".join(sorted(self.absorbed)) if self.processes.rank == 0 else ""
+        metadata = {"fingerprint": self.fingerprint, "id": self.id, "absorbed": absorbed}
+        write_strata(mine, strata, metadata, {"digests": table})
+
+    def remove(self) -> None:
+        """Forget the unfinished sums, the first process's last; for when the basis is written."""
+        for file in reversed(self.files):
+            file.unlink(missing_ok=True)
