@@ -141,7 +141,7 @@ def _charts(figures: Mapping[str, Any]) -> bytes | None:
     cumulative.plot(index, np.cumsum(values) / values.sum(), label="best possible at each rank")
     cumulative.plot(figures["rank"], figures["captured_energy"], "o", label="this basis")
     cumulative.set(xscale="log", xlabel="rank", ylabel="captured share of the energy")
-    rows = figures["by_images"]
+    rows = figures.get("by_images") or []
     count = [row["images"] for row in rows]
     angles.plot(count, [row["angle_deg"] for row in rows], "o-", label="largest")
     angles.plot(count, [row["mean_angle_deg"] for row in rows], "o-", label="mean")
