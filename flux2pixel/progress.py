@@ -24,10 +24,10 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int | None) -> Iterator[Bar]:
+def bar(what: str, total: int | None, shown: bool = True) -> Iterator[Bar]:
     """Show a bar labelled ``what`` over ``total`` units (None: not known) while the block runs.
 
-    Plain lines when not on a terminal.
+    Plain lines when not on a terminal; nothing unless ``shown``, for all processes of a run but one.
     """
     columns = (
         TextColumn("{task.description:<14}"),
@@ -38,8 +38,8 @@ def bar(what: str, total: int | None) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        if progress.disable:
+    with Progress(*columns, console=console, disable=not (shown and sys.stderr.isatty())) as progress:
+        if shown and progress.disable:
             say(f"{what}: {'unknown number' if total is None else total}")
         yield Bar(progress, progress.add_task(what, total=total, note=""))
 

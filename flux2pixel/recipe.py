@@ -95,21 +95,57 @@ class Finetune:
     steps: int = _option(240, "optimizer steps", low=1)
     batch: int = _option(64, "images per step", low=1)
     images: int = _option(10000, "training images; 0 = all of the source", low=0)
+    micro_batch: int = _option(0, "images per process and forward; 0 = batch / processes; else it accumulates", low=0)
+    processes: int = _option(0, "processes the recipe is meant for, checked; 0 = any", low=0)
+    replicas: int = _option(1, "groups of processes that hold a full copy each (hybrid sharding), such as nodes", low=1)
+    trainable: str = _option("full", "full | lora (projections, final modulation, LoRA)", choices=("full", "lora"))
+    lora_rank: int = _option(256, "rank of LoRA", low=1)
+    lora_alpha: float = _option(256.0, "LoRA's update is scaled by lora_alpha / lora_rank", above=0)
+    lora_dropout: float = _option(0.05, "dropout of LoRA's input", low=0, high=1)
+    lora_targets: tuple[str, ...] = _option(
+        ("base",), 'patterns (regular expressions) of full module names; "base" = the family\'s own list'
+    )
     lr: float = _option(5e-4, "peak learning rate", above=0)
     out_projection_lr: float = _option(1.5e-3, "peak learning rate of the output projection", above=0)
+    in_projection_factor: float = _option(1.0, "learning rate of the input projection, as a multiple of lr", above=0)
+    modulation_factor: float = _option(1.0, "learning rate of the final modulation, as a multiple of lr", above=0)
+    schedule: str = _option("sqrt", "after warm-up: sqrt (falls to 0) | constant", choices=("sqrt", "constant"))
     warmup: int = _option(20, "steps of linear warm-up", low=0)
+    optimizer: str = _option("adamw", "adamw | adamw-8bit (needs bitsandbytes)", choices=("adamw", "adamw-8bit"))
     loss: str = _option(
         "variance-reduction", "variance-reduction | flow-matching", choices=("variance-reduction", "flow-matching")
     )
     kappa: float = _option(0.3, "strength of the variance reduction", low=0)
+    perceptual: float = _option(0.0, "weight of the LPIPS term; 0 = none", low=0)
     sigma_min: float = _option(0.05, "noise level below which the velocity is not divided further", above=0, high=1)
     shift: float = _option(1.0, "shift of the training noise levels; 1 = none, more = noisier", above=0)
     caption_dropout: float = _option(0.1, "share of captions left empty, for guidance", low=0, high=1)
     clip: float = _option(1.0, "largest gradient norm", above=0)
+    clip_start: int = _option(0, "step from which gradients are clipped", low=0)
     ema_gamma: float = _option(7.0, "exponent of the power-law weight average; more = shorter memory", low=0)
-    precision: str = _option("bf16", "bf16 (autocast) | fp32", choices=("bf16", "fp32"))
+    ema_start: int = _option(0, "step at which the weight average begins", low=0)
+    precision: str = _option(
+        "bf16", "bf16 (autocast; gradients are summed in float32) | fp32", choices=("bf16", "fp32")
+    )
+    frozen_int8: bool = _option(False, "hold the frozen Linear weights of a LoRA training in 8 bits; one process only")
+    checkpointing: bool = _option(False, "recompute activations in the backward pass")
+    compile: bool = _option(False, "compile every block")
     log_every: int = _option(20, "steps between lines of the log", low=1)
+    trackers: tuple[str, ...] = _option(
+        ("jsonl",),
+        "jsonl (always written), tensorboard, wandb, trackio",
+        choices=("jsonl", "tensorboard", "wandb", "trackio"),
+    )
+    validate_every: int = _option(240, "steps between validations, the first at step 0", low=1)
+    validation_images: int = _option(64, "images held out for validation; 0 = no validation", low=0)
+    sample_every: int = _option(240, "steps between samples of the prompts, the first at step 0", low=1)
+    prompts: tuple[str, ...] = _option(
+        ("a photo of a red circle", "a photo of four triangles", "a photo of a blue circle and a white square"),
+        "prompts of the sample images",
+    )
     save_every: int = _option(200, "steps between checkpoints", low=1)
+    keep: int = _option(2, "newest checkpoints kept", low=1)
+    keep_final: bool = _option(False, "keep the last checkpoint after finishing, to go on with more steps later")
 
 
 @dataclass(frozen=True)

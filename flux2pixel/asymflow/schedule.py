@@ -18,4 +18,4 @@ def grid(steps: int, factor: float = 1.0, dtype: torch.dtype = torch.float32) ->
 
 def draw(count: int, factor: float, generator: Generator) -> Tensor:
     """Training noise levels (count,): shifted logit-normal(0, 1)."""
-    return shift(torch.sigmoid(torch.randn(count, generator=generator)), factor)
+    return shift(torch.sigmoid(torch.randn(count, generator=generator, device=generator.device)), factor)

@@ -1,5 +1,7 @@
 """``finetune``."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,6 @@ from flux2pixel.commands.options import (
     Base,
     Debug,
     DryRun,
-    Gpus,
     Out,
     RecipePath,
     RunPath,
@@ -31,15 +32,30 @@ def finetune_command(
     out: Out = None,
     steps: TrainSteps = None,
     seed: Seed = None,
-    gpus: Gpus = 1,
+    gpus: Annotated[int, typer.Option("--gpus", help="Processes, each on a GPU of its own, or on the CPU.")] = 1,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Train the converted model on real pixels."""
-    with one_line_errors(debug):
-        check(gpus, [model])
+    """Train the converted model on real pixels. Killed, the same command goes on from its last checkpoint."""
+    rank = int(os.environ.get("RANK", "0"))
+    with one_line_errors(debug, silent=rank > 0):
+        check(models=[model])
         job = resolve(recipe, run, assignments, base=base, finetune__steps=steps, seed=seed)
-        if job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
-            from flux2pixel.finetune.stage import finetune
+        # Only one of a launched run's processes writes the recipe.
+        if rank == 0 and not job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
+            return
+        from flux2pixel.finetune import launch, parallel
+        from flux2pixel.finetune.stage import finetune
 
-            timed(job.run, "finetune", lambda: finetune(job.recipe, job.run, model, out))
+        if gpus != 1 and not parallel.launched():
+            from flux2pixel.finetune.stage import prepare
+
+            launch.check_gpus(gpus)
+            prepare(job.recipe, job.run, model, gpus)
+            raise typer.Exit(launch.relaunch(gpus, launch.own_arguments()))
+        parallel.check_launch(gpus)
+        work = partial(finetune, job.recipe, job.run, model, out)
+        if rank == 0:
+            timed(job.run, "finetune", work)
+        else:
+            work()

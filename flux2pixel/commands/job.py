@@ -1,6 +1,7 @@
 """What every command does first: resolve the recipe, check what can be checked before any work, note the recipe."""
 
 import json
+import os
 import tempfile
 import time
 import traceback
@@ -67,14 +68,18 @@ def resolve(
     run = run or Path("runs") / Path(recipe.base).resolve().name
     own = run / "recipe.toml"
     if path is None and not fresh and own.is_file():
-        typer.echo(f"recipe: {own} of the run (--recipe names another)", err=True)
+        if os.environ.get("RANK", "0") == "0":  # once for a run of many processes
+            typer.echo(f"recipe: {own} of the run (--recipe names another)", err=True)
         recipe = recipes.load(own, overrides)
     return Job(recipe, run)
 
 
 @contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
-    """Print an error as one line and exit 2 (usage) or 1 (failure); with ``--debug`` print its traceback first."""
+def one_line_errors(debug: bool, silent: bool = False) -> Iterator[None]:
+    """Print an error as one line and exit 2 (usage) or 1 (failure); with ``--debug`` print its traceback first.
+
+    With ``silent`` an error that every process of a run has is left for the first of them to print.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -84,7 +89,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         expected = isinstance(error, Flux2PixelError | OSError)
         message = one_line(error) if expected else f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
-        typer.echo(f"error: {message}", err=True)
+        if not (silent and expected):
+            typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
 

@@ -39,9 +39,24 @@ def variance_reduction(
     target = x0 - (1 - w) lam d_L; loss = mean((x0_hat - target)^2 / max(sigma, sigma_min)^2). Float32 throughout.
     """
     dtype = torch.promote_types(x0_hat.dtype, torch.float32)
-    x0, x0_hat, x0_low, x0_low_hat = (t.to(dtype) for t in (x0, x0_hat, x0_low, x0_low_hat))
+    d_low = x0_low.to(dtype) - x0_low_hat.to(dtype)
+    return reduce_by(d_low, x0, x0_hat, sigma, kappa, sigma_min, channels)
+
+
+def reduce_by(
+    d_low: Tensor,
+    x0: Tensor,
+    x0_hat: Tensor,
+    sigma: Tensor,
+    kappa: float = 0.3,
+    sigma_min: float = 0.05,
+    channels: int = 3,
+) -> VarianceReduction:
+    """:func:`variance_reduction` from the frozen model's error d_L (B, N, D) itself."""
+    dtype = torch.promote_types(x0_hat.dtype, torch.float32)
+    x0, x0_hat, d_low = (t.to(dtype) for t in (x0, x0_hat, d_low))
     level = sigma.to(dtype).view(-1, 1, 1)
-    d_low = (x0_low - x0_low_hat).detach().unflatten(-1, (channels, -1))
+    d_low = d_low.detach().unflatten(-1, (channels, -1))
     d = (x0 - x0_hat.detach()).unflatten(-1, (channels, -1))
     lam = ((d * d_low).mean(-1) / d_low.square().mean(-1).clamp(min=1e-4)).clamp(0, 1)
     signal = (1 - level).square()

@@ -1,180 +1,323 @@
-"""The finetune stage: a converted model and images -> a finetuned model."""
+"""The finetune stage: a converted model and images -> a finetuned model.
+
+``prepare`` runs in one process and finds every mistake; ``finetune`` then trains, in as many processes as there are.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from flux2pixel import bases, files
-from flux2pixel.asymflow import schedule
-from flux2pixel.asymflow.pipeline import PixelModel, load_pixel_model
-from flux2pixel.bases.base import Base, Conditioning, take
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.finetune.data import Cache, encode_scenes
-from flux2pixel.finetune.ema import PowerEma
-from flux2pixel.finetune.loss import flow_matching, variance_reduction
-from flux2pixel.progress import bar, say
-from flux2pixel.recipe import Recipe, as_dict, dumps
+from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.pipeline import PixelModel
+from flux2pixel.bases.base import Base
+from flux2pixel.errors import UsageError
+from flux2pixel.finetune import checkpoint, encode, export, parallel, samples
+from flux2pixel.finetune.cache import Cache
+from flux2pixel.finetune.loader import Loader
+from flux2pixel.finetune.log import Log, check_trackers, memory
+from flux2pixel.finetune.objective import LatentReference, Objective, SharedReference, Velocity
+from flux2pixel.finetune.order import Order
+from flux2pixel.finetune.parallel import Team
+from flux2pixel.finetune.perceptual import load_lpips
+from flux2pixel.finetune.quantise import quantise
+from flux2pixel.finetune.trainable import lora_modules
+from flux2pixel.finetune.trainable import prepare as mark_trainable
+from flux2pixel.finetune.trainer import Stepped, Trainer
+from flux2pixel.finetune.validation import Held, Validation, hold_out
+from flux2pixel.progress import Bar, bar, say
+from flux2pixel.recipe import Recipe, as_dict
 
-# Scenes apart from those of the base's own training and of the subspace fit.
-FIRST_SCENE = 2_000_000
+STOPPED = "finetune-stopped.json"
 
 
-class Trainer:
-    """One process, all weights trainable; draws are a function of the step, so that a resumed run repeats them."""
+@dataclass(frozen=True)
+class Source:
+    """A converted folder: its base (for the network), the method's constants, and what identifies it."""
 
-    def __init__(self, recipe: Recipe, model: PixelModel, base: Base, cache: Cache):
-        self.recipe, self.settings = recipe, recipe.finetune
-        self.model, self.base, self.cache = model, base, cache
-        side = math.isqrt(cache.pixels.shape[1])
-        self.grid = (side, side)
-        self.net = model.transformer.train().requires_grad_(True)
-        out = list(self.net.get_submodule(base.pixel_name(base.projections.output)).parameters())
-        rest = [p for p in self.net.parameters() if all(p is not q for q in out)]
-        self.rates = (self.settings.lr, self.settings.out_projection_lr)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": rest}, {"params": out}], lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0.0
+    folder: Path
+    base: Base
+    flow: AsymFlow
+    patch: int
+    digest: str
+
+
+def open_source(folder: Path, recipe: Recipe) -> Source:
+    """Open a converted folder without its weights. Raises UsageError if it is not one."""
+    if not (folder / "asymflow.json").is_file():
+        raise UsageError(f"--model {folder}: no asymflow.json in it; run convert, or name a converted folder")
+    use = json.loads((folder / "asymflow.json").read_text())
+    stored, _ = files.read_tensors(folder / "asymflow.safetensors")
+    flow = AsymFlow(stored["basis"].float(), stored["scale"].float(), sigma_min=use["sigma_min"])
+    # Frozen weights are read in the precision they are used in; trained ones become float32 later.
+    settings = recipe.finetune
+    half = settings.trainable == "lora" and settings.precision == "bf16"
+    base = bases.open_base(folder, torch.bfloat16 if half else torch.float32)
+    return Source(folder, base, flow, use["patch_size"], export.digest_of([flow.basis, flow.scale]))
+
+
+def prepare(recipe: Recipe, run: Path, model: Path | None = None, gpus: int = 1) -> None:
+    """Find what is wrong, make the cache, embed the sample prompts: in one process, before any process group.
+
+    Raises UsageError or Flux2PixelError with one line. Prints how the recipe differs from a checkpoint's.
+    """
+    settings = recipe.finetune
+    parallel.check_world(settings, gpus)
+    check_trackers(settings.trackers)
+    source = open_source(model or run / "converted", recipe)
+    if settings.trainable == "lora":
+        with torch.device("meta"):
+            network = source.base.network_class()(**_constructor(source.base))
+        lora_modules(network, source.base, settings.lora_targets)
+    if settings.perceptual:
+        if settings.loss != "variance-reduction":
+            raise UsageError("finetune.perceptual is gated by the variance reduction; set finetune.loss to that")
+        load_lpips()
+    latent = bases.open_base(recipe.base)
+    cache = encode.ensure(recipe, run, latent, gpus)
+    samples.encode_prompts(latent, settings.prompts, run / "samples")
+    found = checkpoint.newest(run / "checkpoints")
+    if found is not None:
+        _compare(found, recipe, _identity(source, cache), gpus)
+
+
+def _constructor(base: Base) -> dict[str, Any]:
+    return {name: value for name, value in base.config.items() if not name.startswith("_")}
+
+
+def _identity(source: Source, cache: Cache) -> dict[str, str]:
+    return {"model": source.digest, "data": cache.digest}
+
+
+def _compare(path: Path, recipe: Recipe, identity: dict[str, str], world: int) -> None:
+    """Say how this run differs from the checkpoint's; UsageError where it cannot go on from it."""
+    manifest = checkpoint.read_manifest(path)
+    for what, words in (("model", "converted model"), ("data", "training cache")):
+        if manifest[what] != identity[what]:
+            raise UsageError(f"{path}: is a checkpoint of another {words}; delete {path.parent} or use another --run")
+    sections = ("base", "seed", "data", "finetune")
+    stored, present = ({name: table[name] for name in sections} for table in (manifest["recipe"], as_dict(recipe)))
+    changes = checkpoint.differences(stored, present)
+    for key, before, now in changes:
+        say(f"recipe: {key} was {before!r} at the checkpoint, is {now!r} now")
+    if refused := [key for key, _, _ in changes if checkpoint.fixed(key)]:
+        raise UsageError(
+            f"{path}: is a checkpoint of another recipe ({', '.join(refused)}), and a run cannot go on under other "
+            f"values of that; restore them, delete {path.parent}, or use another --run"
         )
-        self.ema = PowerEma(self.net, self.settings.ema_gamma)
-        self.step = 0
-
-    def _draw(self) -> tuple[Tensor, Tensor, Conditioning, Tensor, Tensor]:
-        """Pixel tokens, latent tokens, text, sigma and noise of this step's batch."""
-        generator = Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
-        count = self.settings.batch
-        index = torch.randint(len(self.cache.pixels), (count,), generator=generator)
-        rows = self.cache.rows[index].clone()
-        rows[torch.rand(count, generator=generator) < self.settings.caption_dropout] = 0
-        x0, z0 = self.cache.pixels[index].float(), self.cache.latents[index].float()
-        sigma = schedule.draw(count, self.settings.shift, generator)
-        return x0, z0, take(self.cache.text, rows), sigma, torch.randn(x0.shape, generator=generator)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    def _reference(self, x0_low: Tensor, eps: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
-        """The frozen converted model's x0_hat on low-rank tokens, run as the latent base: lift(z - tau v)."""
-        flow = self.model.flow
-        k, tau = (c.view(-1, 1, 1) for c in flow.calibrate(sigma))
-        level = sigma.view(-1, 1, 1)
-        z = k * (torch.lerp(x0_low, eps, level) @ flow.basis)
-        with torch.no_grad(), self._autocast():
-            v = self.base.call(self.base.transformer, z, tau.flatten(), text, self.grid)
-        return flow.lift(z - tau * v.float())
-
-    def loss(self) -> tuple[Tensor, float]:
-        """The loss of this step's batch and its mean lam (0 for flow matching)."""
-        x0, z0, text, sigma, eps = self._draw()
-        flow = self.model.flow
-        x_t = torch.lerp(x0, eps, sigma.view(-1, 1, 1))
-        k, tau = flow.calibrate(sigma)
-        with self._autocast():
-            v = self.base.call(self.net, k.view(-1, 1, 1) * x_t, tau, text, self.grid)
-        x0_hat = flow.predict_x0(v.float(), x_t, sigma)
-        if self.settings.loss == "flow-matching":
-            return flow_matching(x0, x0_hat, sigma, self.settings.sigma_min), 0.0
-        x0_low = flow.lift(z0)
-        x0_low_hat = self._reference(x0_low, eps, sigma, text)
-        settings = self.settings
-        result = variance_reduction(x0, x0_hat, x0_low, x0_low_hat, sigma, settings.kappa, settings.sigma_min)
-        return result.loss, result.lam.mean().item()
-
-    def advance(self) -> tuple[float, float, float]:
-        """One optimizer step; returns loss, mean lam, gradient norm. Aborts on a value that is not finite."""
-        progress = self.step / self.settings.steps
-        factor = min(1.0, (self.step + 1) / max(1, self.settings.warmup)) * math.sqrt(1 - progress)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        loss, lam = self.loss()
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip).item()
-        if not (math.isfinite(norm) and math.isfinite(loss.item())):
-            raise Flux2PixelError(f"finetune: loss {loss.item()} or gradient norm {norm} at step {self.step}; stopped")
-        self.optimizer.step()
-        self.ema.update(self.net)
-        self.step += 1
-        return loss.item(), lam, norm
-
-    def save(self, path: Path) -> None:
-        """Write everything a resume needs."""
-        state = {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.state_dict()}
-        state |= {"step": self.step, "recipe": dumps(self.recipe)}
-        files.write(path, lambda temporary: torch.save(state, temporary))
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same recipe; another recipe's is refused."""
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != dumps(self.recipe):
-            raise UsageError(
-                f"{path}: is a checkpoint of another recipe; delete it to start over, or restore the recipe"
-            )
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.step = state["step"]
+    if changes:
+        say(f"recipe: the recipe wins over the checkpoint from step {manifest['step']} on")
+    if manifest["processes"] != world:
+        again = "" if recipe.finetune.micro_batch else "; batches are cut otherwise, as finetune.micro_batch = 0 says"
+        say(
+            f"finetune: the checkpoint is of {manifest['processes']} process(es), now {world}: resharded; sums of "
+            f"gradients are taken in another order, so results agree to rounding, not bit by bit{again}"
+        )
 
 
 def finetune(recipe: Recipe, run: Path, model: Path | None = None, out: Path | None = None) -> Path:
-    """Train the converted model, log to ``finetune.jsonl``, and write the averaged weights; returns the folder."""
-    torch.set_num_threads(recipe.threads)
+    """Train the converted model, log to ``finetune.jsonl``, and write the averaged weights; returns the folder.
+
+    In a launched process, one of the run's; else alone. A signal saves, marks ``finetune-stopped.json`` and exits 0.
+    """
+    torch.set_num_threads(max(1, recipe.threads // parallel.world_size()))
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
-    settings = recipe.finetune
-    source = model or run / "converted"
-    if recipe.base != "klein-tiny":
-        raise UsageError("finetune: only the miniature's scenes can be trained on in this version; use base klein-tiny")
-    pixel = load_pixel_model(source, recipe.sample)
-    base = bases.open_base(recipe.base)
-    say(f"finetune: model {source}, {settings.images} scenes, loss {settings.loss}")
-    trainer = Trainer(recipe, pixel, base, encode_scenes(base, settings.images, FIRST_SCENE))
-    checkpoint = run / "finetune.ckpt"
-    if checkpoint.is_file():
-        trainer.resume(checkpoint)
-        say(f"finetune: goes on at step {trainer.step} from {checkpoint}")
-    log = _train(trainer, run, checkpoint)
-    trainer.ema.copy_to(trainer.net)
-    destination = out or run / "finetuned"
-    with files.new_folder(destination) as folder:
-        trainer.net.save_pretrained(folder / "transformer")
-        for item in sorted(source.iterdir()):
-            if item.name == "transformer":
-                continue
-            (shutil.copytree if item.is_dir() else shutil.copy2)(item, folder / item.name)
-        record = {"from": str(source), "steps": trainer.step, "images_seen": trainer.step * settings.batch}
-        files.write_json(folder / "finetune.json", record | {"recipe": as_dict(recipe), "curve": log})
-    checkpoint.unlink(missing_ok=True)
-    say(f"wrote {destination}")
+    with parallel.team(recipe.finetune, lambda: prepare(recipe, run, model, parallel.world_size())) as team:
+        return train(recipe, run, team, model, out)
+
+
+def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path | None) -> Path:
+    """One process's part of a prepared training, from loading to the written model."""
+    settings, folder = recipe.finetune, run / "checkpoints"
+    source, cache = open_source(model or run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
+    held = hold_out(cache, settings.validation_images)
+    if team.leads:
+        say(f"finetune: model {source.folder}, {len(cache)} images, loss {settings.loss}, {team.world} process(es)")
+    trainer = build(recipe, source, team)
+    if (found := checkpoint.newest(folder)) is not None:
+        checkpoint.load(trainer.state, found, team)
+    watch = Watch(recipe, run, trainer, source, cache, held)
+    order = Order(held.training(cache), _unit(recipe, team), recipe.seed)
+    steps = range(trainer.state.step, settings.steps)
+    loader = Loader(
+        cache,
+        order,
+        settings.batch,
+        steps,
+        caption_dropout=settings.caption_dropout,
+        rank=team.rank,
+        world=team.world,
+        device=team.device,
+    )
+    stopped = False
+    identity = _identity(source, cache)
+    with trainer.stop.listening(), bar("finetune", settings.steps, shown=team.leads) as progress:
+        progress.advance(trainer.state.step)
+        if trainer.state.step == 0:
+            watch.look(0)
+        for batches in loader:
+            stepped = trainer.advance(batches)
+            step, last = trainer.state.step, trainer.state.step == settings.steps
+            watch.note(step, stepped, batches, loader.waited, progress)
+            stopped = stepped.stop and not last
+            if stopped or (settings.keep_final and last) or (step % settings.save_every == 0 and not last):
+                watch.saved(step, checkpoint.save(trainer.state, folder, recipe, team, identity))
+            if stopped:
+                break
+            watch.look(step, last)
+    if stopped:
+        _mark_stopped(run, trainer, team)
+        raise SystemExit(0)
+    return _finish(recipe, run, source, trainer, watch, cache, out)
+
+
+def build(recipe: Recipe, source: Source, team: Team) -> Trainer:
+    """The network, marked, sharded and compiled as the recipe says, with its objective and optimizer."""
+    settings, flow = recipe.finetune, source.flow.to(team.device)
+    network = source.base.transformer
+    groups = mark_trainable(network, source.base, settings, recipe.seed)
+    if settings.frozen_int8:
+        quantise(network)
+    if settings.checkpointing:
+        network.enable_gradient_checkpointing()
+    reference: Velocity | None = None
+    if settings.loss == "variance-reduction":
+        if settings.trainable == "lora":
+            reference = SharedReference(source.base, network, flow.basis)
+        else:
+            reference = LatentReference(source.base, _place(_frozen(recipe), recipe, team))
+    network = _place(network, recipe, team)
+    lpips = load_lpips(team.device) if settings.perceptual else None
+    return Trainer(recipe, network, groups, Objective(settings, source.base, flow, reference, lpips), team)
+
+
+def _frozen(recipe: Recipe) -> nn.Module:
+    """The latent base of a full finetuning. Its Linear weights are cast once, where autocast would at every call."""
+    network: nn.Module = bases.open_base(recipe.base).transformer
+    if recipe.finetune.precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+    return network
+
+
+def _place(network: nn.Module, recipe: Recipe, team: Team) -> nn.Module:
+    """Compile and shard ``network``, or move it to the device."""
+    if recipe.finetune.compile:
+        parallel.compile_blocks(network)
+    if team.mesh is None:
+        return network.to(team.device)
+    parallel.shard(network, team.mesh, recipe.finetune.precision)
+    return network
+
+
+def _unit(recipe: Recipe, team: Team) -> int:
+    return recipe.finetune.micro_batch or recipe.finetune.batch // team.world
+
+
+class Watch:
+    """What a training shows of itself: log lines, validation and samples; only the leading process writes."""
+
+    def __init__(self, recipe: Recipe, run: Path, trainer: Trainer, source: Source, cache: Cache, held: Held):
+        self.settings, self.trainer, self.team = recipe.finetune, trainer, trainer.team
+        step, self.unit = trainer.state.step, _unit(recipe, trainer.team)
+        self.log = Log(run, self.settings.trackers, step, as_dict(recipe)) if self.team.leads else None
+        self.validation = Validation(cache, held, trainer.objective, recipe, self.team, self.unit)
+        model = PixelModel(source.base, None, trainer.objective.flow, source.patch, recipe.sample)
+        self.samples = samples.Samples(run / "samples", model, cache.buckets[0], recipe.seed, self.team.device)
+        if self.team.leads:
+            self.samples.forget_after(step if step else -1)
+        self.window: list[Stepped] = []
+        self.tokens, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def note(self, step: int, stepped: Stepped, batches: list[Any], waited: float, progress: Bar) -> None:
+        """Count a step, and write a line of the log when one is due."""
+        progress.advance(1, note=f"loss {stepped.loss:.4f}")
+        self.window.append(stepped)
+        self.tokens += sum(len(b.rgb) * b.grid[0] * b.grid[1] for b in batches) * self.team.world
+        if step % self.settings.log_every and step != self.settings.steps:
+            return
+        seconds, count = time.perf_counter() - self.since, len(self.window)
+        if self.log:
+            means = {
+                name: sum(getattr(s, name) for s in self.window) / count
+                for name in ("loss", "regression", "perceptual", "lam", "grad_norm")
+            }
+            self.log.write(
+                step,
+                **means,
+                lr=stepped.lr,
+                images_per_second=count * self.settings.batch / seconds,
+                tokens_per_second=self.tokens / seconds,
+                data_wait=(waited - self.waited) / seconds,
+                memory_gib=memory(),
+            )
+        self.window, self.tokens, self.waited, self.since = [], 0, waited, time.perf_counter()
+
+    def look(self, step: int, last: bool = False) -> None:
+        """Validate and draw samples with the averaged weights when they are due: first, every so often, and last."""
+        validate = self.validation.units and (step % self.settings.validate_every == 0 or last)
+        draw = step % self.settings.sample_every == 0 or last
+        if not (validate or draw):
+            return
+        began, state = time.perf_counter(), self.trainer.state
+        with state.ema.swapped(state.network):
+            if validate:
+                found = self.validation(state.network)
+                if self.log:
+                    first = self.log.first("validation") or found
+                    against = {"start": first["mean"], "edges": self.validation.edges}
+                    self.log.write(step, validation=found | against)
+            if draw:
+                images = self.samples(state.network)
+                if self.team.leads:
+                    self.samples.write(images, step)
+        self.since += time.perf_counter() - began  # a look is no part of the rate
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Note how long a save held the training up."""
+        if self.log:
+            self.log.write(step, save_seconds=seconds)
+        self.since += seconds
+
+
+def _mark_stopped(run: Path, trainer: Trainer, team: Team) -> None:
+    """Say in a file that the run was left in order, and can be started again."""
+    if team.leads:
+        step = trainer.state.step
+        files.write_json(run / STOPPED, {"step": step, "of": trainer.settings.steps, "signal": trainer.stop.signal})
+        say(f"finetune: stopped by a signal after step {step}, saved; the same command goes on from there")
+
+
+def _finish(
+    recipe: Recipe, run: Path, source: Source, trainer: Trainer, watch: Watch, cache: Cache, out: Path | None
+) -> Path:
+    """Gather the weights, write the model and its card, and clear what only a resume needs."""
+    team, destination = trainer.team, out or run / "finetuned"
+    trained = export.gather(trainer.state, team.leads)
+    if team.leads and watch.log:
+        step = trainer.state.step
+        record: dict[str, Any] = {
+            "from": str(source.folder),
+            "steps": step,
+            "images_seen": step * recipe.finetune.batch,
+        }
+        record |= {"images": len(cache), "processes": team.world} | _identity(source, cache)
+        with files.new_folder(destination) as folder:
+            export.write_model(folder, source.folder, source.base, trained, recipe)
+            export.write_card(folder, recipe, watch.log, record, run / "samples")
+        (run / STOPPED).unlink(missing_ok=True)
+        if not recipe.finetune.keep_final:
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        say(f"wrote {destination}")
+    team.barrier()
     return destination
-
-
-def _train(trainer: Trainer, run: Path, checkpoint: Path) -> list[list[float]]:
-    """Run to the last step, logging and saving on the way; returns [step, mean loss, mean lam] rows."""
-    settings, path = trainer.settings, run / "finetune.jsonl"
-    kept = path.read_text().splitlines() if trainer.step and path.is_file() else []
-    records = [r for r in map(json.loads, kept) if r["step"] <= trainer.step]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    window: list[tuple[float, float, float]] = []
-    started = time.perf_counter()
-    with bar("finetune", settings.steps) as progress:
-        progress.advance(trainer.step)
-        while trainer.step < settings.steps:
-            window.append(trainer.advance())
-            progress.advance(1, note=f"loss {window[-1][0]:.4f}")
-            if trainer.step % settings.log_every == 0 or trainer.step == settings.steps:
-                loss, lam, norm = (sum(column) / len(window) for column in zip(*window, strict=True))
-                rate = len(window) * settings.batch / (time.perf_counter() - started)
-                record = {"step": trainer.step, "loss": loss, "lam": lam, "grad_norm": norm, "images_per_second": rate}
-                records.append(record)
-                with path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                window, started = [], time.perf_counter()
-            if trainer.step % settings.save_every == 0 and trainer.step < settings.steps:
-                trainer.save(checkpoint)
-    return [[r["step"], r["loss"], r["lam"]] for r in records]

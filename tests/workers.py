@@ -1,0 +1,111 @@
+"""Processes that the tests of training start: ``python tests/workers.py NAME ARGUMENTS`` (under torchrun for some)."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from finetuning import LORA, small
+from torch.distributed.tensor import DTensor
+
+from flux2pixel.errors import Flux2PixelError
+from flux2pixel.finetune import checkpoint, encode, parallel, stage
+from flux2pixel.finetune.cache import Cache
+from flux2pixel.finetune.ema import PowerEma
+from flux2pixel.finetune.loader import Loader
+from flux2pixel.finetune.order import Order
+from flux2pixel.finetune.trainer import Trainer
+
+
+def kills(run: Path) -> None:
+    """Start the same training again and again, ended each time in another way; the last is left in peace."""
+    recipe = small("finetune.steps=8", *LORA, "finetune.lora_dropout=0.1")
+    for kind, step in [("kill", 1), ("term", 2), ("save", 4), ("kill", 5), ("kill", 7), ("none", 0)]:
+        child = os.fork()
+        if child == 0:
+            _sabotage(kind, step)
+            try:
+                stage.finetune(recipe, run)
+                os._exit(0)
+            except SystemExit as left:
+                os._exit(int(left.code or 0))
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed == (kind in ("kill", "save")), (kind, status)
+        assert killed or os.WEXITSTATUS(status) == 0, (kind, status)
+        found = checkpoint.newest(run / "checkpoints")
+        print(kind, step, found.name if found else "none", (run / stage.STOPPED).is_file())
+
+
+def _sabotage(kind: str, step: int) -> None:
+    advance, write_json = Trainer.advance, checkpoint.files.write_json
+
+    def fatal(self, batches):
+        if self.state.step == step and kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.state.step == step and kind == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, batches)
+
+    def cut(path, value):
+        if path.name == checkpoint.MANIFEST and value["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)  # all of DCP's files are there, the manifest is not
+        write_json(path, value)
+
+    Trainer.advance = fatal
+    if kind == "save":
+        checkpoint.files.write_json = cut
+
+
+def two_ranks(run: Path) -> None:
+    """LoRA under FSDP2: DTensors, the average against a whole one, an abort on all ranks, a checkpoint for one rank."""
+    recipe = small(*LORA)
+    with parallel.team(recipe.finetune, lambda: stage.prepare(recipe, run, gpus=2)) as team:
+        source, cache = stage.open_source(run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
+        trainer = stage.build(recipe, source, team)
+        state = trainer.state
+        assert trainer.trained and all(isinstance(p, DTensor) for p in trainer.network.parameters())
+        assert all(isinstance(v, DTensor) for v in state.ema.values.values())
+        assert all(p.to_local().numel() < p.numel() for p in trainer.trained if p.shape[0] > 1)
+        assert not isinstance(trainer.objective.flow.basis, DTensor)
+        assert trainer.objective.flow.basis.dtype == torch.float32
+        order = Order(cache.counts, 4, recipe.seed)
+        loader = Loader(cache, order, 8, range(3), rank=team.rank, world=2)
+        names = [n for n, p in trainer.network.named_parameters() if p.requires_grad]
+        follower = torch.nn.ParameterDict({n.replace(".", "/"): parallel.whole(state.ema.values[n]) for n in names})
+        whole = PowerEma(follower, recipe.finetune.ema_gamma)
+        for batches in loader:
+            trainer.advance(batches)
+            for name, parameter in trainer.network.named_parameters():
+                if parameter.requires_grad:
+                    follower[name.replace(".", "/")].data.copy_(parallel.whole(parameter.detach()))
+            whole.update(follower)
+        for name in names:
+            averaged = parallel.whole(state.ema.values[name])
+            torch.testing.assert_close(averaged, whole.values[name.replace(".", "/")], rtol=1e-6, atol=1e-7)
+        identity = {"model": source.digest, "data": cache.digest}
+        checkpoint.save(state, run / "checkpoints", recipe, team, identity)
+        trained = {n: parallel.whole(p.detach()) for n, p in trainer.network.named_parameters() if p.requires_grad}
+        if team.leads:
+            torch.save(trained, run / "trained.pt")
+        batches = loader.load(3)
+        if team.rank == 1:
+            batches[0].latents[0] = float("nan")
+        before = [parallel.local(p).clone() for p in trainer.trained]
+        try:
+            trainer.advance(batches)
+        except Flux2PixelError as error:
+            said = team.gather(str(error))
+            assert said[0] == said[1], said
+            guilty = team.gather(batches[0].names)[1]
+            assert all(name in said[0] for name in guilty), (said, guilty)
+        else:
+            raise AssertionError("a NaN on one rank stopped nobody")
+        assert all(torch.equal(a, parallel.local(p)) for a, p in zip(before, trainer.trained, strict=True))
+        print(f"rank {team.rank} of {team.world} done")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"kills": kills, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
