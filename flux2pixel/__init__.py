@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flux2pixel.asymflow.method import AsymFlow as AsymFlow
+    from flux2pixel.asymflow_pipeline import AsymFlowPipeline as AsymFlowPipeline
 
 __version__ = "0.1.0"
-__all__ = ["AsymFlow", "__version__"]
+__all__ = ["AsymFlow", "AsymFlowPipeline", "__version__"]
 
 
 def __getattr__(name: str):
@@ -17,4 +18,8 @@ def __getattr__(name: str):
         from flux2pixel.asymflow.method import AsymFlow
 
         return AsymFlow
+    if name == "AsymFlowPipeline":
+        from flux2pixel.asymflow_pipeline import AsymFlowPipeline
+
+        return AsymFlowPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

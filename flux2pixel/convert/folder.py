@@ -11,10 +11,17 @@ from flux2pixel import __version__, files
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base, read_config
 from flux2pixel.bases.hub import INDEXES
-from flux2pixel.recipe import Recipe, as_dict, dumps
+from flux2pixel.recipe import Recipe, Sample, as_dict, dumps
 
 CHANGED_PARTS = ("transformer", "vae")  # the one is written anew, the other has no use in pixel space
-WEIGHTS = ".safetensors"
+SERVED = ("Flux2KleinPipeline",)  # bases whose pixel model the travelling pipeline can run
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": False}),
+    "unipc": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2, "flow_shift": 1.0},
+    ),
+}
 
 
 def companion_parts(folder: Path) -> tuple[str, ...]:
@@ -37,10 +44,57 @@ def write_asymflow(folder: Path, flow: AsymFlow, base: Base, recipe: Recipe) -> 
     files.write_json(folder / "asymflow.json", use)
 
 
+def write_pipeline(folder: Path, base: Base, flow: AsymFlow, recipe: Recipe) -> bool:
+    """Make the folder one that ``DiffusionPipeline.from_pretrained`` loads; returns False for a base it cannot serve.
+
+    The noise levels are the base's own, and guidance is plain, so that the pipeline draws what the base would.
+    """
+    index = read_config(base.folder / "model_index.json")
+    if index.get("_class_name") not in SERVED:
+        return False
+    from flux2pixel.asymflow_pipeline import copy_code, pack_basis
+
+    scheduler = read_config(base.folder / "scheduler" / "scheduler_config.json")
+    shift = recipe.sample.shift
+    if shift == 1:
+        shift = 0.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
+    described: dict[str, Any] = {"_class_name": ["asymflow_pipeline", "AsymFlowPipeline"]}
+    described |= {part: index[part] for part in ("scheduler", "text_encoder", "tokenizer", "transformer")}
+    described |= {"is_distilled": base.distilled, "patch_size": base.patch_size, "sigma_min": flow.sigma_min}
+    described |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    # A shift of the latent time followed by the map to pixel noise levels is one shift, by the product.
+    described |= {"shift": shift * float(flow.scale), "shift_side": 0, "orthogonal": False, "gamut_clamp": False}
+    described |= {"scale": float(flow.scale), "basis": pack_basis(flow.basis)}
+    copy_code(folder)
+    _write_scheduler(folder, described, "euler")
+    files.write_json(folder / "model_index.json", described)
+    return True
+
+
+def tune_pipeline(folder: Path, sample: Sample) -> None:
+    """Give the pipeline of a finetuned folder the sampler of ``sample``, if it has a pipeline."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    described = read_config(index)
+    described |= {"steps": sample.steps, "guidance": sample.guidance}
+    described |= {"orthogonal": sample.orthogonal, "gamut_clamp": sample.gamut_clamp}
+    _write_scheduler(folder, described, sample.solver)
+    files.write_json(index, described)
+
+
+def _write_scheduler(folder: Path, index: dict[str, Any], solver: str) -> None:
+    """Write a scheduler that takes noise levels as they are; diffusers' Heun does not, so Euler stands in for it."""
+    name, config = SCHEDULERS.get(solver, SCHEDULERS["euler"])
+    index["scheduler"] = ["diffusers", name]
+    files.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": name} | config)
+
+
 def finish(
     folder: Path, base: Base, flow: AsymFlow, recipe: Recipe, digests: Mapping[str, Any], record: Mapping[str, Any]
 ) -> None:
     """Write the card and, last, the record: a folder without ``conversion.json`` is not a finished one."""
+    write_pipeline(folder, base, flow, recipe)
     exact = (record.get("exactness") or {}).get("max_abs_error")
     method = record.get("subspace", {}).get("method")
     (folder / "README.md").write_text(_card(recipe.base, flow, method, exact))
