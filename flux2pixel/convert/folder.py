@@ -49,7 +49,8 @@ def write_pipeline(folder: Path, base: Base, flow: AsymFlow, recipe: Recipe) -> 
 
     The noise levels are the base's own, and guidance is plain, so that the pipeline draws what the base would.
     """
-    index = read_config(base.folder / "model_index.json")
+    described_by = base.folder / "model_index.json"
+    index = read_config(described_by) if described_by.is_file() else {}
     if index.get("_class_name") not in SERVED:
         return False
     from flux2pixel.asymflow_pipeline import copy_code, pack_basis
