@@ -1,0 +1,111 @@
+"""DPG-Bench as a suite: crops in, the judge's answers kept, the official and the repaired figures out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flux2pixel.evaluate import figures
+from flux2pixel.evaluate.dpg_bench.judges import Vqa
+from flux2pixel.evaluate.dpg_bench.questions import CROPS, GIT_BLOB
+from flux2pixel.evaluate.dpg_bench.scoring import Score, parse, score, score_item
+from flux2pixel.evaluate.interval import mean_interval
+from flux2pixel.evaluate.suite import Prompt, Record, Sample, read_ahead, read_rgb
+
+PROTOCOL = "ELLA@3c228f1 dpg_bench"
+
+
+class DpgBench:
+    """The suite over ``prompts`` (`dpg_bench.prompts`) with a judge; a `Scorer`.
+
+    ``blob`` is the git blob id of the questions file. A record's score is the crop's share of questions answered yes,
+    dependencies applied, in [0, 1], over all of its questions; the summary's figures are in percent.
+    """
+
+    suite = "dpg-bench"
+
+    def __init__(self, prompts: Sequence[Prompt], judge: Vqa, blob: str, batch: int = 8):
+        self.prompts = prompts
+        self.judge = judge.name
+        self._vqa, self._blob, self._batch = judge, blob, batch
+        self._rows = [row for prompt in prompts for row in prompt.data["questions"]]
+        self._items = parse(self._rows, official=False)
+
+    def score(self, samples: Iterable[Sample]) -> Iterator[Record]:
+        """Yield a record for each crop, in order; see `Scorer`."""
+        for group, images in read_ahead(samples, lambda s: read_rgb(s, orient=False), self._batch):
+            asked = [self._items[sample.prompt.id] for sample in group]
+            answers = self._vqa.ask(images, [[question.text for question in questions] for questions in asked])
+            for sample, questions, texts in zip(group, asked, answers, strict=True):
+                given = {str(q.id): text for q, text in zip(questions, texts, strict=True)}
+                share = score_item(questions, [given], 1)[0].average
+                yield Record(sample.prompt.id, sample.index, sample.prompt.group, share, details={"answers": given})
+
+    def summary(self, records: Iterable[Record]) -> dict[str, Any]:
+        """Sum up both ways, ``official`` (defects included, `scoring`) and ``repaired``, each total, L1 and L2.
+
+        ``groups`` are the official L1 categories and ``overall`` the official total, with intervals over items, in
+        percent; only items with all their crops count. See `Scorer`.
+        """
+        grouped = figures.by_prompt(self.prompts, records)
+        lost = figures.missing(self.prompts, grouped)
+        whole = {p.id: grouped[p.id] for p in self.prompts if len(grouped.get(p.id, ())) == p.samples}
+        answers = {key: [record.details["answers"] for record in rows] for key, rows in whole.items()}
+        summary: dict[str, Any] = {
+            "prompts": len(grouped),
+            "images": sum(map(len, grouped.values())),
+            "missing": lost,
+            "groups": {},
+            "unit": "percent",
+        }
+        if answers:
+            crops = self.prompts[0].samples
+            both = {name: score(self._rows, answers, crops, name == "official") for name in ("official", "repaired")}
+            summary |= {name: _figures(one, partial=bool(lost)) for name, one in both.items()}
+            summary["groups"] = _groups(both["official"])
+            if not lost and both["official"].items:
+                summary["overall"] = _percent([[item.average] for item in both["official"].items.values()])
+        return summary
+
+    def provenance(self) -> dict[str, Any]:
+        """Say what decides the scores; ``questions_official`` and ``prompts_official`` hold for the protocol's own."""
+        texts = json.dumps([[prompt.id, prompt.text] for prompt in self.prompts]).encode()
+        return {
+            "suite": self.suite,
+            "judge": self.judge,
+            "protocol": PROTOCOL,
+            "prompts": len(self.prompts),
+            "prompts_sha256": hashlib.sha256(texts).hexdigest(),
+            "questions": len(self._rows),
+            "questions_git_blob": self._blob,
+            "questions_official": self._blob == GIT_BLOB,
+            "prompts_official": self._blob == GIT_BLOB and {p.samples for p in self.prompts} == {CROPS},
+            "vqa": self._vqa.provenance(),
+        }
+
+
+def _figures(one: Score, partial: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"l1": one.l1, "l2": one.l2, "items": len(one.items), "failed": one.failed}
+    return found if partial else {"total": one.total, **found}
+
+
+def _groups(one: Score) -> dict[str, dict[str, Any]]:
+    """L1 categories with 95 % intervals over items."""
+    values: dict[str, list[list[float]]] = {}
+    for by_category in one.values.values():
+        for name, found in by_category.items():
+            values.setdefault(name, []).append(found)
+    return {name: {**_percent(rows), "prompts": len(rows)} for name, rows in sorted(values.items())}
+
+
+def _percent(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    return {name: 100 * value for name, value in zip(("score", "low", "high"), mean_interval(rows), strict=True)}
+
+
+def result_lines(scored: Score, paths: Mapping[str, str]) -> list[str]:
+    """The official result file's line for each item: path, crop scores, mean."""
+    return [
+        ", ".join([paths[item], *map(str, result.crops), str(result.average)]) for item, result in scored.items.items()
+    ]
