@@ -97,8 +97,8 @@ class Flux1(KLBase):
             encoder_hidden_states=text,
             pooled_projections=cond["pooled"].to(tokens),
             timestep=time,
-            img_ids=position_ids(*grid).to(tokens),
-            txt_ids=torch.zeros(text.shape[1], 3).to(tokens),
+            img_ids=position_ids(*grid).to(tokens.device),
+            txt_ids=torch.zeros(text.shape[1], 3).to(tokens.device),
             guidance=guidance,
             return_dict=False,
         )[0]
