@@ -180,6 +180,8 @@ def test_distilled_checkpoints_are_known_and_not_guided(tmp_path):
     (klein / "model_index.json").write_text(json.dumps({"is_distilled": True}))
     assert bases.open_base(klein).guidance == "none"
     assert "distilled to few steps" in bases.open_base(klein).cautions()[0]
+    (klein / "model_index.json").unlink()
+    assert "which alone says if it is distilled: taken as not" in bases.open_base(klein).cautions()[0]
     turbo = write_base(tmp_path / "turbo", "z-image")
     assert bases.open_base(turbo).guidance == "cfg"
     (turbo / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))

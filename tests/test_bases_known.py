@@ -1,5 +1,6 @@
 """The published configurations on the meta device: what folding touches is there, and every count is the table's."""
 
+import json
 import re
 
 import diffusers
@@ -73,6 +74,56 @@ def test_the_pixel_model_differs_in_its_projections_alone(alias):
     for name in base.projections.inputs:
         assert pixel[base.pixel_name(f"{name}.weight")][0].numel() == 768
     assert len(pixel[base.pixel_name(f"{base.projections.output}.weight")]) == 768
+
+
+_KL16 = {
+    "latent_channels": 16,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 1024,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_FLUX2_VAE = _KL16 | {"latent_channels": 32, "use_quant_conv": True, "use_post_quant_conv": True, "patch_size": [2, 2]}
+MEAN = "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921"
+DEVIATION = (
+    "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.916"
+)
+_QWEN_VAE = {
+    "z_dim": 16,
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [float(x) for x in MEAN.split()],
+    "latents_std": [float(x) for x in DEVIATION.split()],
+}
+VAES = {
+    "flux2-klein-9b": _FLUX2_VAE,
+    "flux3-klein": _FLUX2_VAE,
+    "flux1-dev": _KL16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "sd3.5-large": _KL16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "z-image": _KL16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "qwen-image": _QWEN_VAE,
+}
+
+
+@pytest.mark.parametrize("alias", sorted(VAES))
+def test_published_vaes_give_the_patch_and_rank_of_the_table(alias, tmp_path):
+    known, config = KNOWN[alias], VAES[alias]
+    family = _family(known.transformer_class)
+    with torch.device("meta"):
+        vae = family.vae_class()(**config)
+    for part, written in (("vae", config), ("transformer", known.transformer)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(written))
+    base = family(tmp_path)
+    assert (base.patch_size, base.latent_width, base.token_width) == (known.patch, known.rank, 768)
+    if config is _FLUX2_VAE:
+        assert sum(p.numel() for p in vae.parameters()) == 84_046_115
+        assert vae.bn.running_mean.shape == (known.rank,)
 
 
 @pytest.mark.parametrize("alias", sorted(KEYS))

@@ -76,6 +76,12 @@ class Flux2(FluxVae):
             return "embedded"
         return "none" if self.distilled else "cfg"
 
+    def cautions(self) -> list[str]:
+        lines = super().cautions()
+        if self.guidance == "cfg" and not (self.folder / "model_index.json").is_file():
+            lines.append(f"{self.folder} has no model_index.json, which alone says if it is distilled: taken as not")
+        return lines
+
     def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
 
