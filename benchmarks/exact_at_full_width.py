@@ -22,7 +22,7 @@ from flux2pixel.bases import open_base
 from flux2pixel.bases.base import Base
 from flux2pixel.bases.known import KNOWN
 from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.subspace.estimators import polar
+from flux2pixel.subspace.solvers import polar
 
 STEPS, GRID = 8, (3, 4)
 KL = {"latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}

@@ -10,7 +10,7 @@ from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases import open_base
 from flux2pixel.bases.base import take
 from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.subspace.estimators import polar
+from flux2pixel.subspace.solvers import polar
 
 FAMILIES = sorted(TINY)
 GUIDED = ["flux2-klein", "sd3.5-large", "qwen-image", "z-image", "flux3", "flux1-dev"]

@@ -14,8 +14,8 @@ from flux2pixel.convert.plan import class_shapes
 from flux2pixel.convert.stage import convert
 from flux2pixel.errors import UsageError
 from flux2pixel.recipe import load
-from flux2pixel.subspace.estimators import polar
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.subspace.file import read_subspace, write_subspace
+from flux2pixel.subspace.solvers import polar
 
 
 def run(tmp_path, name, **changes):
@@ -78,3 +78,19 @@ def test_folds_are_the_products_in_every_order_and_shape():
     assert fold_in(weight.bfloat16(), basis.float()).dtype == torch.bfloat16
     with pytest.raises(UsageError, match="rank 16 does not fit the base, whose latent tokens have 8 numbers"):
         fold_in(weight[:, :8], basis)
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image"])
+def test_without_a_subspace_one_is_fitted_to_the_vae_alone(tmp_path, name, capsys):
+    base = open_base(write_base(tmp_path / "base", name))
+    recipe = load(None, [f"base={base.folder}", "convert.verify_steps=4", "fit_subspace.points=8"])
+    written = convert(recipe, tmp_path / "run")
+    record = json.loads((written / "conversion.json").read_text())
+    assert record["exactness"]["max_abs_error"] < 1e-9
+    assert record["subspace"]["method"] == "vae-jacobian" and record["subspace"]["images"] == "0"
+    said = capsys.readouterr().err
+    assert "vae-jacobian, data-free" in said and "fit-subspace" in said and "--images FOLDER" in said
+    flow, metadata = read_subspace(tmp_path / "run" / "subspace.safetensors")
+    assert flow.basis.shape == (base.token_width, base.latent_width) and metadata["data_free"] == "True"
+    convert(recipe, tmp_path / "run")
+    assert "data-free" not in capsys.readouterr().err, "a second run takes the subspace that is there"

@@ -54,7 +54,11 @@ def convert_command(
             recipe, run, assignments, base=base, seed=seed, convert__dtype=dtype, convert__shard_size=shard_size
         )
         extras = Extras(link=link)
-        takes: list[Path | str] = [f"base {job.recipe.base}", subspace or job.run / SUBSPACE]
+        fitted = subspace or job.run / SUBSPACE
+        takes: list[Path | str] = [
+            f"base {job.recipe.base}",
+            fitted if fitted.is_file() else "a subspace fitted to the VAE alone (vae-jacobian, data-free)",
+        ]
         destination = out or job.run / CONVERTED
         if job.start(takes, [destination], dry_run):
             from flux2pixel.convert.stage import convert

@@ -13,10 +13,12 @@ import torch
 
 from flux2pixel import __version__, files
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.bases import open_base
 from flux2pixel.bases.base import Base
 from flux2pixel.convert import folder as folders
 from flux2pixel.convert.checkpoint import INDEX, refuse
 from flux2pixel.convert.extras import Extras
+from flux2pixel.convert.fitting import fit_without_images
 from flux2pixel.convert.plan import Plan, class_shapes, index_of, linkable
 from flux2pixel.convert.prepare import prepare
 from flux2pixel.convert.verify import Proof, check_written, prove
@@ -25,6 +27,7 @@ from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.progress import bar, say
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.subspace.file import read_subspace
+from flux2pixel.subspace.gather import vae_digest
 
 
 def convert(
@@ -33,10 +36,14 @@ def convert(
     """Fold the subspace into the base, write the result, prove it exact; returns the model's folder.
 
     Raises Flux2PixelError if the base is unsound, the disk too small, or the exact test's error above
-    ``convert.tolerance``: nothing is left then.
+    ``convert.tolerance``: nothing is left then. Without a subspace, given or in the run directory, one is fitted to the
+    VAE alone, since that needs no images.
     """
     torch.set_num_threads(recipe.threads)
-    subspace = subspace or run / "subspace.safetensors"
+    if subspace is None:
+        subspace = run / "subspace.safetensors"
+        if not subspace.is_file():
+            fit_without_images(recipe, open_base(recipe.base), subspace)
     flow, metadata = read_subspace(subspace)
     job = prepare(recipe, flow, extras or Extras())
     base = job.base
@@ -130,6 +137,5 @@ def _check_fit(base: Base, name: str, flow: AsymFlow, metadata: dict[str, str], 
     if tuple(flow.basis.shape) != width:
         found = tuple(flow.basis.shape)
         raise UsageError(f"{path}: basis {found} is not of patch size {base.patch_size} and rank {width[1]}: {width}")
-    weights = base.folder / "vae" / "diffusion_pytorch_model.safetensors"
-    if metadata.get("vae_sha256") and metadata["vae_sha256"] != files.digest(weights):
+    if metadata.get("vae_sha256") and metadata["vae_sha256"] != vae_digest(base):
         raise UsageError(f"{path}: fitted for base {metadata.get('base')!r}, not for {name!r}; fit one for this base")

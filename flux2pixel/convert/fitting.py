@@ -1,0 +1,35 @@
+"""A subspace for a conversion that was given none: from the VAE alone, without an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flux2pixel.bases.base import Base
+from flux2pixel.progress import say
+from flux2pixel.recipe import Recipe, dumps
+from flux2pixel.subspace.file import write_subspace
+from flux2pixel.subspace.gather import vae_digest
+from flux2pixel.subspace.solvers import procrustes
+from flux2pixel.subspace.stage import prior_moments
+
+
+def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
+    """Fit by vae-jacobian over ``fit_subspace.points`` images that the VAE imagines; writes ``path`` and returns it.
+
+    Basis and scale both come from those images, so nothing here knows how real ones are distributed; it says so.
+    """
+    say("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
+    say(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base.vae.to(device)
+    moments = prior_moments(recipe, base, device)
+    basis, scale = procrustes(moments)
+    metadata = {"method": "vae-jacobian", "data_free": True, "base": recipe.base, "patch_size": base.patch_size}
+    metadata |= {"patch_order": "c,ph,pw", "color_space": base.color_space, "recipe": dumps(recipe)}
+    metadata |= {"images": 0, "tokens": moments.tokens, "vae_sha256": vae_digest(base)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_subspace(path, basis, scale, metadata)
+    say(f"wrote {path}")
+    return path
