@@ -164,8 +164,13 @@ class Sample:
 class Eval:
     """``[eval]``: the scores of the report."""
 
-    suite: tuple[str, ...] = _option(("geneval", "fidelity"), "geneval, fidelity", choices=("geneval", "fidelity"))
-    samples: int = _option(4, "images per prompt", low=1)
+    suite: tuple[str, ...] = _option(
+        ("geneval", "fidelity"),
+        "geneval, dpg-bench, hpsv3, fidelity",
+        choices=("geneval", "dpg-bench", "hpsv3", "fidelity"),
+    )
+    samples: int = _option(4, "images per prompt, at most the suite's own number", low=1)
+    size: int = _option(0, "side of an image in pixels; 0 = 1024, or the miniature's 32", low=0)
     prompts: int = _option(0, "held-out prompts; 0 = all", low=0)
     batch: int = _option(120, "images per batch", low=1)
     fidelity_images: int = _option(480, "images compared with true renders", low=2)

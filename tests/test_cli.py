@@ -107,7 +107,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         ["fit-subspace", "--images", tmp_path, "--method", "pca", "--rank", "3", "--out", out],
         ["convert", "--subspace", subspace, "--out", out, "--link"],
         ["finetune", "--model", tmp_path, "--steps", "4"],
-        ["eval", "--model", tmp_path, "--model", tmp_path, "--steps", "4"],
+        ["eval", "--model", tmp_path, "--model", f"b={tmp_path}", "--steps", "4"],
         ["generate", "a photo of a red circle", "--model", tmp_path, "--steps", "4"],
     ]:
         result = invoke(*words, *common)
@@ -116,7 +116,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         (out, ()),
         (subspace, out, Extras(link=True)),
         (tmp_path, None),
-        ([tmp_path, tmp_path], None),
+        ([str(tmp_path), f"b={tmp_path}"], None, ()),
         ("a photo of a red circle", tmp_path, None),
     ]
     recipes = [given[0] for _, given in stages]
@@ -156,6 +156,9 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, stages: list[Any]) ->
         (["convert", "--subspace", "absent"], "--subspace absent: no such file"),
         (["finetune", "--model", "absent"], "--model absent: no such folder"),
         (["eval", "--model", "absent"], "--model absent: no such folder"),
+        (["eval", "--images", "a=absent"], "--images a=absent: no such folder"),
+        (["eval", "--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["eval", "--suite", "genevl"], "did you mean geneval?"),
         (["generate", "a cat", "--steps", "0"], "sample.steps"),
         (["inspect", "absent"], "absent: no such file"),
     ],

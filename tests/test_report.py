@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from flux2pixel.evaluate.report import write_report
-from flux2pixel.evaluate.report_page import picture
+from flux2pixel.evaluate.report import Gallery, write_report
+from flux2pixel.evaluate.report_page import data_uri
+from flux2pixel.evaluate.suite import Prompt, Sample
 
 MODELS = ("base", "converted", "finetuned")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MEASURES = {"patch_frechet": 0.21, "texture_frechet": 0.034, "spectrum_all": 0.4, "spectrum_high": -0.6,
             "blockiness": 1.08, "grain": 0.021, "colour_mean_error": 0.01, "colour_std_error": 0.02}  # fmt: skip
-Images = dict[str, dict[str, list[np.ndarray]]]
+Shots = dict[tuple[str, str], dict[str, list[Sample]]]
 
 
 def scene(seed: int) -> np.ndarray:
@@ -27,14 +29,29 @@ def scene(seed: int) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def demonstration(prompts: int = 24) -> tuple[dict[str, Any], Images]:
-    """A whole report of invented figures."""
+def pictures(folder: Path, count: int, side: int = 32) -> list[Path]:
+    paths = [folder / f"{index}.png" for index in range(count)]
+    folder.mkdir(exist_ok=True)
+    for index, path in enumerate(paths):
+        Image.fromarray(scene(index)).resize((side, side)).save(path)
+    return paths
+
+
+def demonstration(folder: Path, prompts: int = 24, side: int = 32) -> tuple[dict[str, Any], Gallery]:
+    """A whole report of invented figures; its images are files of ``folder``, used again and again."""
     cell = {"score": 0.71, "low": 0.66, "high": 0.76}
     names = [
         f"a photo of {'a red cube and a blue ring' if i % 2 else 'three green discs'}, number {i}"
         for i in range(prompts)
     ]
-    images = {name: {model: [scene(9 * i + k) for k in range(4)] for model in MODELS} for i, name in enumerate(names)}
+    paths = pictures(folder / "images", 60, side)
+    shots: Shots = {}
+    for i, name in enumerate(names):
+        prompt = Prompt(f"{i:05d}", name, TAGS[i % 6], 4)
+        shots["geneval", prompt.id] = {
+            model: [Sample(prompt, k, paths[(9 * i + 4 * j + k) % 60]) for k in range(4)]
+            for j, model in enumerate(MODELS)
+        }
     report: dict[str, Any] = {
         "base": "klein-tiny",
         "models": {
@@ -56,8 +73,8 @@ def demonstration(prompts: int = 24) -> tuple[dict[str, Any], Images]:
         },
         "detector_ceiling": 0.985,
         "paired": {
-            "converted-base": {"difference": 0.0, "low": -0.01, "high": 0.01},
-            "finetuned-base": {"difference": 0.02, "low": -0.012, "high": 0.05},
+            "converted-base": {"geneval": {"difference": 0.0, "low": -0.01, "high": 0.01}},
+            "finetuned-base": {"geneval": {"difference": 0.02, "low": -0.012, "high": 0.05}},
         },
         "exactness": {"max_abs_error": 3.1e-13, "steps": 28, "dtype": "float64"},
         "basis": {
@@ -70,7 +87,7 @@ def demonstration(prompts: int = 24) -> tuple[dict[str, Any], Images]:
             "orthonormality_error": 2e-15,
             "half_split_angle_deg": 1.9,
             "spectrum": [math.exp(-i / 12) for i in range(192)],
-            "vectors": [picture(scene(i)[:8, :8]) for i in range(16)],
+            "vectors": [data_uri(Image.fromarray(scene(i)[:8, :8])) for i in range(16)],
         },
         "training": {
             "curve": [[10 * i, 0.2 + math.exp(-i / 15), min(1.0, i / 50)] for i in range(100)],
@@ -82,13 +99,18 @@ def demonstration(prompts: int = 24) -> tuple[dict[str, Any], Images]:
         ],
         "seconds": {"total": 712.3, "fit_subspace": 10.2, "convert": 1.1, "finetune": 360.0, "eval": 210.0},
         "versions": {"python": "3.11", "torch": "2.9"},
+        "comparable": {
+            "geneval": {"statement": "Comparable with nothing.", "reasons": ["another detector"], "published": []}
+        },
         "prompts": [
             {
+                "suite": "geneval",
+                "id": f"{i:05d}",
                 "prompt": name,
                 "tag": TAGS[i % 6],
                 "held_out": i % 3 == 0,
                 "verdicts": {
-                    m: [{"correct": (i + k + j) % 3 > 0, "reason": "expected 3 discs, found 2"} for k in range(4)]
+                    m: [{"correct": (i + k * j) % 3 > 0, "reason": "expected 3 discs, found 2"} for k in range(4)]
                     for j, m in enumerate(MODELS)
                 },
             }
@@ -96,30 +118,32 @@ def demonstration(prompts: int = 24) -> tuple[dict[str, Any], Images]:
         ],
         "settings": {"seed": 0, "images_per_prompt": 4},
     }
-    return report, images
+    return report, Gallery(shots, folder / "sheets")
 
 
-def page_of(report: dict[str, Any], images: Images, folder: Path) -> str:
-    write_report(report, images, folder / "report.html")
+def page_of(report: dict[str, Any], gallery: Gallery | None, folder: Path) -> str:
+    write_report(report, gallery, folder / "report.html")
     return (folder / "report.html").read_text("utf-8")
 
 
 def test_nothing_in_the_page_points_outside_it(tmp_path: Path) -> None:
-    report, images = demonstration()
+    report, gallery = demonstration(tmp_path)
     report["basis"]["vectors"].append("https://example.org/vector.png")
-    page = page_of(report, images, tmp_path)
+    page = page_of(report, gallery, tmp_path)
     assert not re.search(r"(?<!xmlns=\")https?://", page)
     sources = re.findall(r"<img[^>]*\ssrc=\"([^\"]*)", page)
-    assert len(sources) == 24 * 12 + 36 + 16
+    assert len(sources) == 36 + 16
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"@import|url\(|<link(?![^>]*href=\"data:)|<script[^>]+src", page)
+    assert page.count('<script type="text/plain" id="sheet-') == 24
+    assert not re.search(r"@import|<link(?![^>]*href=\"data:)|<script[^>]+src", page)
 
 
 def test_every_figure_of_the_report_is_on_the_page(tmp_path: Path) -> None:
-    page = page_of(*demonstration(), tmp_path)
+    page = page_of(*demonstration(tmp_path), tmp_path)
     for figure in (
         "0.710",
         "[0.660, 0.760]",
+        "vs Latent base 0.020 [−0.012, 0.050]",
         "0.985",
         "3.10e−13",
         "procrustes",
@@ -127,46 +151,80 @@ def test_every_figure_of_the_report_is_on_the_page(tmp_path: Path) -> None:
         "Images seen",
         "klein-tiny",
         "1 of 2 claims",
+        "Comparable with nothing.",
     ):
         assert figure in page, figure
 
 
 def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
-    report, images = demonstration(2)
+    report, gallery = demonstration(tmp_path, 2)
     evil = '<script>alert("1")</script>\'">'
-    images[evil] = {"base": [scene(0)]}
     report["prompts"].append(
-        {"prompt": evil, "tag": evil, "held_out": True, "verdicts": {"base": [{"correct": False, "reason": evil}]}}
-    )
+        {"suite": evil, "id": evil, "prompt": evil, "tag": evil, "held_out": True,
+         "verdicts": {"base": [{"correct": False, "reason": evil}]}}
+    )  # fmt: skip
     report |= {"base": evil, "settings": {evil: evil}, "claims": [{"claim": evil, "holds": True, "figures": evil}]}
-    page = page_of(report, images, tmp_path)
+    page = page_of(report, gallery, tmp_path)
     assert page.count("<script>") == 1
-    assert 'alert("' not in page and "&lt;script&gt;alert(&quot;1&quot;)" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(&quot;1&quot;)" in page
 
 
-@pytest.mark.parametrize("part", demonstration(1)[0].keys())
+@pytest.mark.parametrize(
+    "part", ["models", "fidelity_ceiling", "paired", "basis", "training", "claims", "comparable", "prompts", "versions"]
+)
 def test_any_part_may_be_missing(part: str, tmp_path: Path) -> None:
-    report, images = demonstration(2)
+    report, gallery = demonstration(tmp_path, 2)
     del report[part]
-    assert "</html>" in page_of(report, images, tmp_path)
+    assert "</html>" in page_of(report, gallery, tmp_path)
 
 
 def test_one_model_or_nothing_at_all_still_makes_a_page(tmp_path: Path) -> None:
-    report, images = demonstration(2)
+    report, gallery = demonstration(tmp_path, 2)
     report["models"] = {"base": {"fidelity": {"grain": float("nan")}}}
-    only = {prompt: {"base": shots["base"]} for prompt, shots in images.items()}
-    assert "Latent base" in page_of(report, only, tmp_path)
-    assert "Nothing was compared" in page_of({}, {}, tmp_path)
+    assert "Latent base" in page_of(report, gallery, tmp_path)
+    assert "Nothing was compared" in page_of({}, None, tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = page_of(*demonstration(1), tmp_path)
+    before = page_of({"base": "a"}, None, tmp_path)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_report({}, {}, tmp_path / "report.html")
+        write_report({}, None, tmp_path / "report.html")
     assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text("utf-8") == before
+
+
+def test_a_partial_run_shows_no_overall_and_a_second_page_decodes_no_image(tmp_path: Path) -> None:
+    report, gallery = demonstration(tmp_path, 6)
+    for model in report["models"].values():
+        del model["geneval"]["overall"]
+    first = page_of(report, gallery, tmp_path)
+    assert first.count("partial: no overall") == 3
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:40])  # no longer an image, and its digest is another
+    report["prompts"] = [item | {"id": "absent"} for item in report["prompts"]]
+    assert 'id="sheet-' not in page_of(report, gallery, tmp_path)
+
+
+def test_a_sheet_is_drawn_once(tmp_path: Path) -> None:
+    report, gallery = demonstration(tmp_path, 3)
+    page_of(report, gallery, tmp_path)
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "sheets").iterdir()}
+    assert len(drawn) == 3
+    page_of(report, gallery, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sheets").iterdir()} == drawn
+
+
+def test_grids_are_cut_and_large_images_made_small(tmp_path: Path) -> None:
+    from flux2pixel.evaluate.sheets import SIDE, thumbnail
+
+    pixels = np.zeros((512, 512, 3), np.uint8)
+    pixels[256:, :256] = (255, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    prompt = Prompt("a", "a", "a", 4)
+    shot = thumbnail(Sample(prompt, 2, tmp_path / "grid.png", (0, 256, 256, 512)), SIDE)
+    assert shot.size == (SIDE, SIDE) and shot.getpixel((5, 5)) == (255, 0, 0)

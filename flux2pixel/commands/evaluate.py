@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel.commands.job import check, one_line_errors, resolve
+from flux2pixel.commands.job import Job, one_line_errors, resolve
 from flux2pixel.commands.options import (
     CONVERTED,
     FINETUNED,
@@ -14,7 +14,6 @@ from flux2pixel.commands.options import (
     Base,
     Debug,
     DryRun,
-    Gpus,
     Out,
     RecipePath,
     RunPath,
@@ -23,6 +22,7 @@ from flux2pixel.commands.options import (
     Set,
     Suite,
 )
+from flux2pixel.errors import UsageError
 
 
 def eval_command(
@@ -31,23 +31,65 @@ def eval_command(
     assignments: Set = None,
     base: Base = None,
     model: Annotated[
-        list[Path] | None,
-        typer.Option(help=f"Model folder, repeatable. Default: the base, <run>/{CONVERTED} and <run>/{FINETUNED}."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MODEL[+LORA]",
+            help=f"Model folder or base, repeatable. Default: the base, <run>/{CONVERTED} and <run>/{FINETUNED}.",
+        ),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER", help="Images made elsewhere, in the suite's official layout; repeatable."
+        ),
     ] = None,
     suite: Suite = None,
     out: Out = None,
     steps: SampleSteps = None,
     seed: Seed = None,
-    gpus: Gpus = 1,
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="Processes on this machine, one a device; they share the work.")
+    ] = 1,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Score the models side by side and write the report."""
     with one_line_errors(debug):
-        check(gpus, model or ())
+        if gpus < 1:
+            raise UsageError(f"--gpus {gpus}: must be at least 1")
         job = resolve(recipe, run, assignments, base=base, eval__suite=suite, sample__steps=steps, seed=seed)
-        takes: Sequence[Path | str] = model or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
-        if job.start(takes, [out or job.run / REPORT], dry_run):
-            from flux2pixel.evaluate.stage import evaluate
+        _check(model or (), images or ())
+        takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
+        takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
+        if not job.start(takes, [out or job.run / REPORT], dry_run):
+            return
+        if gpus > 1:
+            _share(job, gpus, model or (), images or (), out)
+            return
+        from flux2pixel.evaluate.stage import evaluate
 
-            evaluate(job.recipe, job.run, model or None, out)
+        evaluate(job.recipe, job.run, model or (), out, images or ())
+
+
+def _check(models: Sequence[str], images: Sequence[str]) -> None:
+    """Refuse what is not there before anything heavy is imported."""
+    from flux2pixel.bases import ALIASES
+
+    for option, words in (("--model", models), ("--images", images)):
+        for word in words:
+            place = word.rpartition("=")[2].partition("+")[0]
+            if not Path(place).is_dir() and not (option == "--model" and place in ALIASES):
+                what = "a model folder, or a base" if option == "--model" else "a folder of images"
+                raise UsageError(f"{option} {word}: no such folder {place}; give {what}")
+
+
+def _share(job: Job, gpus: int, models: Sequence[str], images: Sequence[str], out: Path | None) -> None:
+    """Check everything here, where an error is one line, then let torchrun's processes do it."""
+    from flux2pixel.evaluate.processes import launch
+    from flux2pixel.evaluate.stage import check
+
+    check(job.recipe, job.run, models, images)
+    words = ["eval", "--run", str(job.run), "--recipe", str(job.run / "recipe.toml")]
+    words += [word for model in models for word in ("--model", model)]
+    words += [word for folder in images for word in ("--images", folder)]
+    launch(gpus, words + (["--out", str(out)] if out else []))

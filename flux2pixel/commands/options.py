@@ -21,5 +21,5 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where to write. Default
 TrainSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 SampleSteps = Annotated[int | None, typer.Option("--steps", help="Solver steps per image.")]
 Gpus = Annotated[int, typer.Option("--gpus", help="Devices to use; only 1 is supported.")]
-Suite = Annotated[list[str] | None, typer.Option("--suite", help="geneval or fidelity; repeatable.")]
+Suite = Annotated[list[str] | None, typer.Option("--suite", help="geneval, dpg-bench, hpsv3 or fidelity; repeatable.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]

@@ -8,7 +8,8 @@ from typing import Any
 def claims(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Judge the three claims from a report; those whose figures are missing are left out."""
     stated = []
-    models, paired = report["models"], report.get("paired", {})
+    models = report["models"]
+    paired = {pair: found["geneval"] for pair, found in report.get("paired", {}).items() if "geneval" in found}
     if "exactness" in report:
         error = report["exactness"]["max_abs_error"]
         stated.append(
@@ -27,7 +28,7 @@ def claims(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "figures": f"GenEval difference to the base {_signed(gap)}",
             }
         )
-    if "finetuned-base" in paired:
+    if "finetuned-base" in paired and "fidelity" in models["finetuned"] and "fidelity" in models["base"]:
         gap = paired["finetuned-base"]
         fine, base = models["finetuned"]["fidelity"], models["base"]["fidelity"]
         closer = fine["texture_frechet"] < base["texture_frechet"] and fine["patch_frechet"] < base["patch_frechet"]

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from flux2pixel.evaluate.report_page import data_uri
 from flux2pixel.subspace.file import read_subspace
-
-
-def data_uri(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> a PNG data URI."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def basis_vectors(path: Path, count: int) -> list[str]:
@@ -28,5 +19,5 @@ def basis_vectors(path: Path, count: int) -> list[str]:
     for column in basis.T[:count]:
         # Shown as Oklab channels read as L, a, b offsets would hardly be visible: plain per-channel contrast instead.
         patch = column.reshape(3, side, side).transpose(1, 2, 0)
-        found.append(data_uri((127.5 + 127.5 * patch / np.abs(patch).max()).astype(np.uint8)))
+        found.append(data_uri(Image.fromarray((127.5 + 127.5 * patch / np.abs(patch).max()).astype(np.uint8))))
     return found

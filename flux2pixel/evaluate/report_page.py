@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,22 +49,18 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{found:.{digits}g}".replace("-", "−")
 
 
-def score(value: Any) -> str:
-    """A score to three decimals, so that columns line up."""
-    found = finite(value)
-    return "–" if found is None else f"{found:.3f}".replace("-", "−")
-
-
-def picture(pixels: np.ndarray) -> str:
-    """An ``(H, W, 3)`` uint8 array as a lossless PNG data URI."""
+def data_uri(image: Image.Image) -> str:
+    """A picture as a lossless PNG data URI."""
     stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(stream, format="PNG")
+    image.save(stream, format="PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def interval_bar(mean: Any, low: Any, high: Any, css_class: str, ceiling: Any = None) -> str:
-    """A score in [0, 1] as a bar with its interval as a whisker and the ceiling, if known, as a tick."""
-    middle, lower, upper, top = finite(mean), finite(low), finite(high), finite(ceiling)
+def interval_bar(
+    interval: tuple[float | None, float | None, float | None], css_class: str, top: float | None, label: str
+) -> str:
+    """A score in [0, 1] with its interval, (score, low, high), as a bar with a whisker, and the ceiling as a tick."""
+    middle, lower, upper = interval
     if middle is None:
         return ""
     marks = f'<rect class="track" width="200" height="6" y="4"/><rect width="{200 * middle:.1f}" height="6" y="4"/>'
@@ -73,15 +69,7 @@ def interval_bar(mean: Any, low: Any, high: Any, css_class: str, ceiling: Any = 
         marks += f'M{200 * upper:.1f} 2v10"/>'
     if top is not None:
         marks += f'<path class="ceiling" d="M{200 * top:.1f} 0v14"/>'
-    label = f"{score(mean)}, 95 % interval {score(low)} to {score(high)}"
-    return f'<svg class="bar {css_class}" viewBox="-1 0 202 14" role="img" aria-label="{label}">{marks}</svg>'
-
-
-def interval_cell(cell: Mapping[str, Any]) -> str:
-    """``{"score", "low", "high"}`` as a score and its interval, or the score alone if the interval is missing."""
-    if finite(cell.get("low")) is None or finite(cell.get("high")) is None:
-        return score(cell.get("score"))
-    return f'{score(cell.get("score"))} <small class="range">[{score(cell["low"])}, {score(cell["high"])}]</small>'
+    return f'<svg class="bar {css_class}" viewBox="-1 0 202 14" role="img" aria-label="{text(label)}">{marks}</svg>'
 
 
 def closest(values: Sequence[Any], target: float | None) -> list[int]:
