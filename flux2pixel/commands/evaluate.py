@@ -1,5 +1,6 @@
 """``eval``."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -54,16 +55,18 @@ def eval_command(
     debug: Debug = False,
 ) -> None:
     """Score the models side by side and write the report."""
-    with one_line_errors(debug):
+    rank = int(os.environ.get("RANK", "0"))
+    with one_line_errors(debug, silent=rank > 0):
         if gpus < 1:
             raise UsageError(f"--gpus {gpus}: must be at least 1")
         job = resolve(recipe, run, assignments, base=base, eval__suite=suite, sample__steps=steps, seed=seed)
         _check(model or (), images or ())
         takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
         takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
-        if not job.start(takes, [out or job.run / REPORT], dry_run):
+        # Only one of a launched run's processes writes the recipe.
+        if rank == 0 and not job.start(takes, [out or job.run / REPORT], dry_run):
             return
-        if gpus > 1:
+        if gpus > 1 and "RANK" not in os.environ:
             _share(job, gpus, model or (), images or (), out)
             return
         from flux2pixel.evaluate.stage import evaluate
@@ -73,12 +76,12 @@ def eval_command(
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:
     """Refuse what is not there before anything heavy is imported."""
-    from flux2pixel.bases import ALIASES
+    from flux2pixel.bases import ALIASES, KNOWN
 
     for option, words in (("--model", models), ("--images", images)):
         for word in words:
             place = word.rpartition("=")[2].partition("+")[0]
-            if not Path(place).is_dir() and not (option == "--model" and place in ALIASES):
+            if not Path(place).is_dir() and not (option == "--model" and place in {*ALIASES, *KNOWN}):
                 what = "a model folder, or a base" if option == "--model" else "a folder of images"
                 raise UsageError(f"{option} {word}: no such folder {place}; give {what}")
 

@@ -54,12 +54,10 @@ def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Tex
     """Resolve ``[name=]model[+adapter]`` without loading weights. Raises UsageError if it is not a model."""
     name, path = named(text)
     place, _, adapter = path.partition("+")
-    folder = bases.ALIASES.get(place, Path(place))
+    folder = Path(place) if Path(place).is_dir() else bases.resolve(place)
     lora = Path(adapter) if adapter else None
     if lora is not None and not lora.exists():
         raise UsageError(f"--model {text}: no such adapter {lora}; give a LoRA file (.safetensors) or folder")
-    if not folder.is_dir():
-        raise UsageError(f"--model {text}: no such folder {folder}; give a model folder, or a base")
     kind = _kind(folder, run)
     if name is None:
         name = (folder.name if kind == "pixel" else "base" if kind == "latent" else folder.name) or "model"

@@ -55,11 +55,6 @@ def current() -> Processes:
     return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def launch(count: int, words: Sequence[str]) -> None:
     """Run ``flux2pixel <words>`` in ``count`` processes of this machine and wait; Flux2PixelError if one fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
