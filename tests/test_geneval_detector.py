@@ -201,7 +201,7 @@ def test_a_batch_of_mixed_sizes_scores_as_one_at_a_time(tiny, tmp_path, monkeypa
     mask = red[..., 0] > 0
     assert classifier(red, "dog", [((20.0, 10.0, 50.0, 40.0), mask)]) == ["red"]
 
-    detector = mask2former.Mask2Former(checkpoint.load(tiny[1]), classifier, floor=0.0)
+    detector = mask2former.Mask2Former(checkpoint.load(tiny[1]), classifier, checkpoint.source(tiny[1]), floor=0.0)
     images = [picture(48, 32), picture(32, 48), picture(96, 64)[::-1].copy()]
     together = detector.look(images)
     for image, seen in zip(images, together, strict=True):
@@ -222,3 +222,4 @@ def test_a_batch_of_mixed_sizes_scores_as_one_at_a_time(tiny, tmp_path, monkeypa
     samples = [Sample(suite.prompts[0], i, tmp_path / f"{i}.png") for i in range(3)]
     assert [r.index for r in suite.score(samples)] == [0, 1, 2]
     assert suite.provenance()["judge"] == "official"
+    assert suite.provenance()["detector"]["weights"] == {"sha256": "of the source"}

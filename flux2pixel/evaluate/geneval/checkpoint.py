@@ -138,15 +138,23 @@ def official_config() -> Any:
     return Mask2FormerConfig(backbone_config=backbone, num_labels=80, num_queries=100)
 
 
-def save(state: Mapping[str, Tensor], config: Any, folder: Path, source: Mapping[str, str]) -> None:
-    """Write a converted state dict as a model folder, whole or not at all; ``source`` says what it was made from."""
+def save(state: Mapping[str, Tensor], config: Any, folder: Path, facts: Mapping[str, str]) -> None:
+    """Write a converted state dict as a model folder, weights last; ``facts`` say what it was made from."""
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in convert(state).items()}
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # halves of one split share storage
     config.architectures = ["Mask2FormerForUniversalSegmentation"]
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / "config.json", lambda path: path.write_text(config.to_json_string(use_diff=False)))
-    metadata = {"format": "pt", **source}
+    metadata = {"format": "pt", **facts}
     files.write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+
+
+def source(folder: Path) -> dict[str, str]:
+    """What a folder written by `save` was made from."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> Any:

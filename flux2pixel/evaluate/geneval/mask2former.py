@@ -6,7 +6,7 @@ H x W the original image, h x w the resized one, Hp x Wp the padded one; masks c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +114,7 @@ class SeenByMask2Former:
         boxes, scores, masks = found.boxes.tolist(), found.scores.tolist(), found.masks.cpu().numpy()
         for label, box, score, mask in zip(found.labels.tolist(), boxes, scores, masks, strict=True):
             self.detections.setdefault(CLASSES[label], []).append((*box, score))
-            self._masks.setdefault(
-                (CLASSES[label], (box[0], box[1], box[2], box[3])), mask
-            )  # the best of those that share a box
+            self._masks.setdefault((CLASSES[label], tuple(box)), mask)  # the best of those that share a box
 
     def color(self, class_name: str, box: Box) -> str:
         """Name the colour of one of the detections."""
@@ -131,8 +129,8 @@ class Mask2Former:
 
     name = "official"
 
-    def __init__(self, model: Any, colors: ColorClassifier, floor: float = 0.3):
-        self._model, self._colors, self._floor = model, colors, floor
+    def __init__(self, model: Any, colors: ColorClassifier, source: Mapping[str, str], floor: float = 0.3):
+        self._model, self._colors, self._source, self._floor = model, colors, dict(source), floor
 
     @torch.inference_mode()
     def look(self, images: Sequence[Rgb]) -> list[SeenByMask2Former]:
@@ -158,7 +156,7 @@ class Mask2Former:
 
         return {
             "name": self.name,
-            "weights": dict(self._model.config.source) if hasattr(self._model.config, "source") else {},
+            "weights": self._source,
             "colors": self._colors.provenance(),
             "transformers": transformers.__version__,
             "torch": torch.__version__,

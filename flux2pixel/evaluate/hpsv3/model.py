@@ -101,10 +101,16 @@ def build(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype = torch
     return model.eval().requires_grad_(False)
 
 
-def load(weights: Path, backbone: Path, instruction: Path, device: str | torch.device = "cpu") -> Reward:
+def load(
+    weights: Path,
+    backbone: Path,
+    instruction: Path,
+    device: str | torch.device = "cpu",
+    source: Mapping[str, str] | None = None,
+) -> Reward:
     """Open HPSv3: its safetensors file, the folder of Qwen2-VL-7B-Instruct's config and tokenizer, the instruction.
 
-    Raises UsageError for a file that is absent or not the protocol's.
+    ``source`` (digests) goes into the provenance. Raises UsageError for a file that is absent or not the protocol's.
     """
     from transformers import AutoTokenizer, Qwen2VLConfig
 
@@ -116,7 +122,7 @@ def load(weights: Path, backbone: Path, instruction: Path, device: str | torch.d
     model = build(Qwen2VLConfig.from_pretrained(backbone), tensors, dtype).to(device)
     words = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
     words.add_special_tokens({"additional_special_tokens": [inputs.REWARD]})
-    return Reward(model, words, text, {"weights": weights.name, **metadata})
+    return Reward(model, words, text, {"weights": weights.name, **metadata, **(source or {})})
 
 
 class Reward:
