@@ -13,6 +13,7 @@ from flux2pixel.commands.about import bases_command, doctor_command, inspect_com
 from flux2pixel.commands.cache import cache_command
 from flux2pixel.commands.convert import convert_command
 from flux2pixel.commands.evaluate import eval_command
+from flux2pixel.commands.export import export_command
 from flux2pixel.commands.finetune import finetune_command
 from flux2pixel.commands.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.commands.generate import generate_command
@@ -34,6 +35,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 app.command("export-subspace")(export_subspace_command)
+app.command("export")(export_command)
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
 app.command("bases")(bases_command)

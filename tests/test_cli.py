@@ -15,7 +15,7 @@ from flux2pixel.convert.extras import Extras
 from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
 
-COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "inspect", "doctor", "bases"]
+COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "export", "inspect", "doctor", "bases"]
 COMMANDS += ["compare", "export-subspace"]
 
 

@@ -72,14 +72,19 @@ def write_pipeline(folder: Path, base: Base, flow: AsymFlow, recipe: Recipe) -> 
     return True
 
 
-def tune_pipeline(folder: Path, sample: Sample) -> None:
-    """Give the pipeline of a finetuned folder the sampler of ``sample``, if it has a pipeline."""
+def tune_pipeline(folder: Path, sample: Sample, shift: float | None = None, shift_side: int = 0) -> None:
+    """Give the pipeline of a finetuned folder the sampler of ``sample``, if it has a pipeline.
+
+    ``shift`` of the pixel noise levels, for images of ``shift_side`` pixels a side, replaces the base's if given.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         return
     described = read_config(index)
     described |= {"steps": sample.steps, "guidance": sample.guidance}
     described |= {"orthogonal": sample.orthogonal, "gamut_clamp": sample.gamut_clamp}
+    if shift is not None:
+        described |= {"shift": shift, "shift_side": shift_side}
     _write_scheduler(folder, described, sample.solver)
     files.write_json(index, described)
 

@@ -25,9 +25,12 @@ from flux2pixel.convert.verify import Proof, check_written, prove
 from flux2pixel.convert.write import link_or_copy, write_file
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.progress import bar, say
-from flux2pixel.recipe import Recipe, dumps
+from flux2pixel.recipe import Recipe, Sample, dumps
 from flux2pixel.subspace.file import read_subspace
 from flux2pixel.subspace.gather import vae_digest
+
+# The published sampler of the released pixel model.
+PUBLISHED = Sample(steps=38, guidance=4.0, solver="unipc", orthogonal=True, gamut_clamp=True)
 
 
 def convert(
@@ -40,36 +43,53 @@ def convert(
     VAE alone, since that needs no images.
     """
     torch.set_num_threads(recipe.threads)
-    if subspace is None:
-        subspace = run / "subspace.safetensors"
-        if not subspace.is_file():
-            fit_without_images(recipe, open_base(recipe.base), subspace)
-    flow, metadata = read_subspace(subspace)
-    job = prepare(recipe, flow, extras or Extras())
-    base = job.base
-    _check_fit(base, recipe.base, flow, metadata, subspace)
+    extras = extras or Extras()
+    flow, made_with = None, _digests(extras)
+    if extras.adapter is None:
+        if subspace is None:
+            subspace = run / "subspace.safetensors"
+            if not subspace.is_file():
+                fit_without_images(recipe, open_base(recipe.base), subspace)
+        flow, metadata = read_subspace(subspace)
+        made_with |= {"subspace": metadata, "subspace_sha256": files.digest(subspace)}
+    job = prepare(recipe, flow, extras)
+    base, flow = job.base, job.flow
+    assert flow is not None
+    if subspace:
+        _check_fit(base, recipe.base, flow, made_with["subspace"], subspace)
     destination = out or run / "converted"
     job.plan.check_room(destination)
-    say(f"convert: base {base.folder}, subspace {subspace}")
+    say(f"convert: base {base.folder}, {extras.adapter or subspace}")
     for caution in base.cautions():
         say(f"note: {caution}")
     with files.new_folder(destination) as folder:
         digests = write_transformer(job.plan, folder / "transformer", base.pixel_config(base.config), base, recipe)
         shapes = class_shapes(base.network_class(), base.pixel_config(base.config))
         written = check_written(folder / "transformer", job.plan, shapes)
-        proof = prove(base, job.latent, written, flow, recipe.convert.verify_steps, recipe.seed)
-        _judge(proof, recipe)
+        proof = prove(base, job.latent, written, flow, recipe.convert.verify_steps, recipe.seed) if job.exact else None
+        if job.exact:
+            _judge(proof, recipe)
+        else:
+            say("exactness: not tested: an adapter's projections are trained, not folded")
         copy_companions(job.plan, folder)
         folders.write_asymflow(folder, flow, base, recipe)
-        record: dict[str, Any] = {
-            "subspace": metadata,
-            "subspace_sha256": files.digest(subspace),
+        record = made_with | {
             "exactness": proof.as_dict() if proof else None,
             "changed": {output.name: output.action for output in job.plan.changed},
         }
         folders.finish(folder, base, flow, recipe, digests, record)
+        if not job.exact:
+            folders.tune_pipeline(folder, PUBLISHED, shift=17.0, shift_side=1024)
     say(f"wrote {destination}")
     return destination
+
+
+def _digests(extras: Extras) -> dict[str, Any]:
+    """SHA-256 of every file that took part beside the base."""
+    named = {"weights": extras.weights, "adapter": extras.adapter}
+    found: dict[str, Any] = {f"{key}_sha256": files.digest(path) for key, path in named.items() if path}
+    loras = [{"sha256": files.digest(path), "strength": strength} for path, strength in extras.loras]
+    return found | ({"loras": loras} if loras else {})
 
 
 def write_transformer(plan: Plan, folder: Path, config: dict[str, Any], base: Base, recipe: Recipe) -> dict[str, Any]:
@@ -93,7 +113,7 @@ def write_transformer(plan: Plan, folder: Path, config: dict[str, Any], base: Ba
                 target.unlink(missing_ok=True)
                 digests[shard.name], unfit = write_file(target, shard.outputs, notes, progress)
                 broken += unfit
-    refuse(base.folder / "transformer", [f"{name} has values that are NaN or infinite" for name in broken])
+    refuse(base.folder, [f"{name} has values that are NaN or infinite" for name in broken])
     index = index_of(plan)
     if index:
         files.write_json(folder / INDEX, index)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flux2pixel import files
 from flux2pixel.bases.base import Base
+from flux2pixel.convert.folder import tune_pipeline
 from flux2pixel.finetune.checkpoint import State
 from flux2pixel.finetune.log import Log
 from flux2pixel.finetune.parallel import whole
@@ -55,6 +56,7 @@ def write_model(folder: Path, source: Path, base: Base, trained: dict[str, dict[
             tensors = {name: tensor.contiguous() for name, tensor in (full | lora).items()}
             notes = {"lora_alpha": str(settings.lora_alpha), "lora_rank": str(settings.lora_rank)}
             save_file(tensors, folder / f"adapter{suffix}.safetensors", notes)
+    tune_pipeline(folder, recipe.sample)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
