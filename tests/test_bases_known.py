@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from flux2pixel.bases import _family
+from flux2pixel.bases import family_of
 from flux2pixel.bases.known import KNOWN
 from flux2pixel.convert.fold import folded_names
 
@@ -37,7 +37,7 @@ class Published:
     """A family opened without a folder, at the published patch size."""
 
     def __new__(cls, known):
-        family = _family(known.transformer_class)
+        family = family_of(known.transformer_class)
         pinned = {"patch_size": property(lambda self: known.patch)}
         return object.__new__(type(family.__name__, (family,), pinned))
 
@@ -50,7 +50,7 @@ def test_published_configurations_have_the_tensors_that_folding_expects(alias):
     state = latent.state_dict()
     assert len(state) == KEYS[alias]
     dim, r = DIM.get(alias, 3072), known.rank
-    projections = _family(known.transformer_class).projections
+    projections = family_of(known.transformer_class).projections
     for name in projections.inputs:
         weight = state[f"{name}.weight"]
         assert weight.shape == ((dim, 16, 2, 2) if alias.startswith("sd3") else (dim, r))
@@ -113,7 +113,7 @@ VAES = {
 @pytest.mark.parametrize("alias", sorted(VAES))
 def test_published_vaes_give_the_patch_and_rank_of_the_table(alias, tmp_path):
     known, config = KNOWN[alias], VAES[alias]
-    family = _family(known.transformer_class)
+    family = family_of(known.transformer_class)
     with torch.device("meta"):
         vae = family.vae_class()(**config)
     for part, written in (("vae", config), ("transformer", known.transformer)):
@@ -130,7 +130,7 @@ def test_published_vaes_give_the_patch_and_rank_of_the_table(alias, tmp_path):
 def test_lora_targets_match_linears_of_their_own(alias):
     """Every pattern matches Linear modules, never q, k, v, a norm, or what is trained in full."""
     known = KNOWN[alias]
-    family = _family(known.transformer_class)
+    family = family_of(known.transformer_class)
     modules = dict(meta(known.transformer_class, known.transformer).named_modules())
     for pattern in family.lora_targets:
         matched = [name for name in modules if re.fullmatch(pattern, name)]
@@ -143,7 +143,7 @@ def test_lora_targets_match_linears_of_their_own(alias):
 
 def test_klein_9b_lora_targets_are_those_of_the_released_adapter():
     known = KNOWN["flux2-klein-9b"]
-    family = _family(known.transformer_class)
+    family = family_of(known.transformer_class)
     modules = [name for name, _ in meta(known.transformer_class, known.transformer).named_modules()]
     expected = {
         f"transformer_blocks.{i}.{ff}.linear_{way}"

@@ -59,13 +59,13 @@ def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
         folder = resolve(str(name))
     config = folder / "transformer" / "config.json"
     name_of_class = read_config(config).get("_class_name")
-    family = _family(name_of_class)
+    family = family_of(name_of_class)
     if family is None:
         raise UsageError(f"{config}: _class_name {name_of_class!r} is of no family that can be converted")
     return family(folder, dtype or torch.float32)
 
 
-def _family(class_name: str | None) -> type[Base] | None:
+def family_of(class_name: str | None) -> type[Base] | None:
     """The family of a stock transformer class."""
     match class_name:
         case "Flux2Transformer2DModel":

@@ -33,6 +33,10 @@ def finetune_command(
     steps: TrainSteps = None,
     seed: Seed = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Processes, each on a GPU of its own, or on the CPU.")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Print parameters, memory, disk and time, then stop.")] = False,
+    images_per_second: Annotated[
+        float | None, typer.Option(min=1e-9, help="Rate that --plan reckons with. Default: that of the run's log.")
+    ] = None,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
@@ -41,6 +45,11 @@ def finetune_command(
     with one_line_errors(debug, silent=rank > 0):
         check(models=[model])
         job = resolve(recipe, run, assignments, base=base, finetune__steps=steps, seed=seed)
+        if plan:
+            from flux2pixel.finetune.plan import plan as planned
+
+            typer.echo("\n".join(planned(job.recipe, job.run, gpus, images_per_second).lines()))
+            return
         # Only one of a launched run's processes writes the recipe.
         if rank == 0 and not job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
             return
