@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from flux2pixel.errors import Flux2PixelError, UsageError
@@ -311,6 +312,33 @@ def test_every_source_gives_the_same_pictures_and_splits_over_processes(kind, fo
     assert len(first) == 5 and split == [first[::2], first[1::2]]
 
 
+def test_latents_beside_the_pictures(folder):
+    from safetensors.torch import save_file
+
+    made = {}
+    for index in (0, 1, 2):
+        count = 36 if index % 3 == 0 else 35
+        made[f"p{index}.png"] = torch.randn(count, 16)
+        save_file({"latents": made[f"p{index}.png"].half()}, folder / f"p{index}.safetensors")
+    save_file({"latents": torch.zeros(3, 16)}, folder / "p3.safetensors")
+    (folder / "p4.safetensors").write_bytes(b"no")
+    save_file({"latents": torch.full((35, 16), torch.nan)}, folder / "deep" / "er" / "p5.safetensors")
+    tally = Tally()
+    batches = list(stream(open_source(str(folder)), RULES, 4, tally))
+    found = {}
+    for batch in batches:
+        if batch.latents is not None:
+            assert batch.latents.dtype == torch.float32
+            found |= dict(zip(batch.names, batch.latents, strict=True))
+    assert found.keys() == made.keys()
+    assert all(torch.allclose(found[name], made[name], atol=1e-2) for name in made)
+    assert sum(len(b.names) for b in batches if b.latents is None) == 3
+    reasons = dict(tally.broken)
+    assert reasons["p3.png"] == "its latents are 3 x 16, but at 48 x 48 it has 36 tokens"
+    assert "p4.safetensors has no readable tensor named latents" in reasons["p4.png"]
+    assert "not finite" in reasons["deep/er/p5.png"]
+
+
 def test_scenes_and_photographs():
     names = [r.name for r in open_source("scenes", 7).records(0, 2, 5)]
     assert names == ["scene 7", "scene 9", "scene 11"]
@@ -397,3 +425,32 @@ def test_missing_files_of_a_manifest_are_broken_pictures(tmp_path):
     assert tally.broken == [("nowhere.png", "No such file or directory")]
     with pytest.raises(Flux2PixelError, match="No such file"):
         gather(str(path), tally=Tally(limit=0))
+
+
+def test_a_fit_takes_the_latents_beside_the_pictures(tmp_path, monkeypatch):
+    """The sums are those of the VAE's own latents, and the VAE is not asked."""
+    from safetensors.torch import save_file
+
+    from flux2pixel import bases
+    from flux2pixel.recipe import load
+    from flux2pixel.subspace.gather import gather
+    from flux2pixel.subspace.processes import Processes
+
+    base, root = bases.open_base("klein-tiny"), tmp_path / "photos"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{index}.png")
+    recipe = load(None, [f'fit_subspace.source="{root}"', "fit_subspace.resolution=0"])
+    plain, _ = gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "plain.safetensors")
+    for file in root.glob("*.png"):
+        rgb = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None] / 255
+        save_file({"latents": base.encode(rgb)[0]}, file.with_suffix(".safetensors"))
+    monkeypatch.setattr(base, "encode", None)
+    given, _ = gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "given.safetensors")
+    assert torch.allclose(given.subset(0).xz, plain.subset(0).xz, rtol=1e-5, atol=1e-4)
+    assert given.subset(0).tokens == 3 * 16
+    for file in root.glob("*.safetensors"):
+        save_file({"latents": torch.zeros(16, 5)}, file)
+    with pytest.raises(Flux2PixelError, match=r"0\.png: latents beside it are 5 wide, those of the base 16"):
+        gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "wrong.safetensors")

@@ -4,7 +4,8 @@ Written in a recipe as one string:
 
 ``scenes``                     the miniature's procedural scenes, with captions
 ``photographs``                scikit-learn's two sample photographs, with captions: real pixels without a download
-``FOLDER``                     every picture below it; a ``.txt`` file of the same name beside it is its caption
+``FOLDER``                     every picture below it; a ``.txt`` file of the same name beside it is its caption, a
+                               ``.safetensors`` file its latents: ``latents``, (N, r), normalised, tokens row by row
 ``MANIFEST.jsonl``             one object a line: ``image`` (path, relative to the manifest) and ``caption``
 ``SHARDS.tar``                 webdataset tars: a path, a glob (``*.tar``) or braces (``{000..099}.tar``)
 ``hf:NAME?split=train&...``    a Hugging Face dataset: a Hub id or a folder, with ``config``, ``split``, ``revision``,
@@ -34,12 +35,14 @@ CAPTION_KEYS = ("caption", "text", "prompt")
 class Record:
     """``name``, unique in its source and good for a message; ``caption`` or None; and the encoded picture.
 
-    ``content`` is a path, encoded bytes, an (H, W, 3) uint8 array, or the reason why there is no picture.
+    ``content`` is a path, encoded bytes, an (H, W, 3) uint8 array, or the reason why there is no picture; ``latents``
+    the safetensors file of its latent tokens, if they were computed before.
     """
 
     name: str
     caption: str | None
     content: Path | bytes | np.ndarray | Unreadable
+    latents: Path | None = None
 
 
 class Source(Protocol):
@@ -143,9 +146,10 @@ class Folder:
     def records(self, rank: int = 0, world: int = 1, limit: int = 0) -> Iterator[Record]:
         for file in self.files[rank : limit or None : world]:
             name = file.relative_to(self.path).as_posix()
-            beside = file.with_suffix(".txt")
+            beside, latents = file.with_suffix(".txt"), file.with_suffix(".safetensors")
             try:
-                yield Record(name, beside.read_text(encoding="utf-8").strip() if beside.is_file() else None, file)
+                caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+                yield Record(name, caption, file, latents if latents.is_file() else None)
             except (OSError, UnicodeDecodeError) as error:
                 yield Record(name, None, Unreadable(f"its caption {beside.name} is not UTF-8 text ({error})"))
 

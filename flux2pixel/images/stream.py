@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,29 +17,35 @@ import torch
 from torch import Tensor
 
 from flux2pixel.errors import Flux2PixelError
-from flux2pixel.images.buckets import Buckets, Size, fit
+from flux2pixel.images.buckets import Buckets, Placement, Size, fit
 from flux2pixel.images.decode import Unreadable, decode, read_bytes
 from flux2pixel.images.sources import Record, Source
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded record: ``rgb`` (H, W, 3) uint8 of its bucket's size, and ``digest``, the SHA-256 of its content."""
+    """A decoded record: ``rgb`` (H, W, 3) uint8 of its bucket's size, ``digest``, the SHA-256 of its content, and
+    ``latents`` (N, r) if they were beside it."""
 
     name: str
     caption: str | None
     digest: str
     rgb: np.ndarray
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``rgb`` (B, 3, H, W) uint8, with each picture's name, caption and content digest."""
+    """``rgb`` (B, 3, H, W) uint8, with each picture's name, caption and content digest.
+
+    ``latents`` (B, N, r) float32 are those found beside the pictures: all of a batch have them, or none.
+    """
 
     rgb: Tensor
     names: list[str]
     captions: list[str | None]
     digests: list[str]
+    latents: Tensor | None = None
 
     @property
     def unit(self) -> Tensor:
@@ -131,7 +138,7 @@ def stream(
     ``known(record, digest)``, called in a worker thread, true leaves a picture out undecoded, as one done already. What
     is broken, dropped or enlarged is noted in ``tally``; raises Flux2PixelError when its limit of broken is passed.
     """
-    waiting: dict[Size, list[Picture]] = {}
+    waiting: dict[tuple[int, int, bool], list[Picture]] = {}
     for record, outcome in _ahead(source.records(rank, world, limit), lambda r: _prepare(r, rules, known), threads):
         if isinstance(outcome, Unreadable):
             tally.broke(record.name, str(outcome))
@@ -144,12 +151,13 @@ def stream(
             tally.kept += 1
             if scale > 1:
                 tally.enlarged.append((picture.name, round(scale, 3)))
-            group = waiting.setdefault(picture.rgb.shape[:2], [])
+            kind = (*picture.rgb.shape[:2], picture.latents is not None)
+            group = waiting.setdefault(kind, [])
             group.append(picture)
             if len(group) == batch:
-                yield _stack(waiting.pop(picture.rgb.shape[:2]))
-    for size in sorted(waiting):
-        yield _stack(waiting[size])
+                yield _stack(waiting.pop(kind))
+    for kind in sorted(waiting):
+        yield _stack(waiting[kind])
 
 
 def _prepare(record: Record, rules: Rules, known: Known | None) -> tuple[Picture, float] | Unreadable | str | None:
@@ -173,12 +181,43 @@ def _prepare(record: Record, rules: Rules, known: Known | None) -> tuple[Picture
         return f"{size} would lose {place.cut:.0%} to its bucket {place.bucket[1]} x {place.bucket[0]}"
     if place.scale > 1 and not rules.enlarge:
         return f"{size} is smaller than its bucket {place.bucket[1]} x {place.bucket[0]} (x {place.scale:.2f})"
-    return Picture(record.name, record.caption, digest, fit(image, place)), place.scale
+    latents = None
+    if record.latents is not None:
+        grid = (place.bucket[0] // rules.buckets.patch, place.bucket[1] // rules.buckets.patch)
+        try:
+            latents = _read_latents(record.latents, grid, place)
+        except Unreadable as error:
+            return error
+    return Picture(record.name, record.caption, digest, fit(image, place), latents), place.scale
+
+
+def _read_latents(path: Path, grid: Size, place: Placement) -> Tensor:
+    """Latents computed before, (N, r) float32. Raises Unreadable unless they fit the picture as it will be used."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents: Tensor = file.get_tensor("latents").float()
+    except (SafetensorError, OSError) as error:
+        raise Unreadable(f"its {path.name} has no readable tensor named latents ({error})") from error
+    tokens = grid[0] * grid[1]
+    if latents.ndim != 2 or len(latents) != tokens:
+        shape = " x ".join(map(str, latents.shape))
+        raise Unreadable(
+            f"its latents are {shape}, but at {place.bucket[1]} x {place.bucket[0]} it has {tokens} tokens"
+        )
+    if not torch.isfinite(latents).all():
+        raise Unreadable(f"its {path.name} has values that are not finite")
+    return latents
 
 
 def _stack(pictures: list[Picture]) -> Batch:
     rgb = torch.from_numpy(np.stack([p.rgb for p in pictures])).permute(0, 3, 1, 2).contiguous()
-    return Batch(rgb, [p.name for p in pictures], [p.caption for p in pictures], [p.digest for p in pictures])
+    found = [p.latents for p in pictures if p.latents is not None]
+    if len({latents.shape for latents in found}) > 1:
+        raise Flux2PixelError(f"{', '.join(p.name for p in pictures[:3])}: their latents are not of one width")
+    latents = torch.stack(found) if found else None
+    return Batch(rgb, [p.name for p in pictures], [p.caption for p in pictures], [p.digest for p in pictures], latents)
 
 
 def _ahead(records: Iterator[Record], work: Callable[[Record], Any], threads: int) -> Iterator[tuple[Record, Any]]:

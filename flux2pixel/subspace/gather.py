@@ -64,9 +64,15 @@ def open_images(spec: str) -> Source:
     return open_source(spec, FIRST_SCENE)
 
 
-def token_pairs(base: Base, rgb: Tensor) -> tuple[Tensor, Tensor]:
-    """sRGB in [0, 1] (B, 3, H, W) to pixel tokens x (B, N, D) in the model's colours and latent tokens z (B, N, r)."""
-    return tokens.patchify(color.encode(rgb), base.patch_size), base.encode(rgb)
+def token_pairs(base: Base, rgb: Tensor, latents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sRGB in [0, 1] (B, 3, H, W) to pixel tokens x (B, N, D) in the model's colours and latent tokens z (B, N, r).
+
+    ``latents`` are z, where they were computed before. Raises ValueError if they are not of the base's width.
+    """
+    if latents is not None and latents.shape[-1] != base.latent_width:
+        raise ValueError(f"latents beside it are {latents.shape[-1]} wide, those of the base {base.latent_width}")
+    z = base.encode(rgb) if latents is None else latents.to(rgb)
+    return tokens.patchify(color.encode(rgb), base.patch_size), z
 
 
 def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tuple[Strata, Tally]:
@@ -79,7 +85,7 @@ def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tupl
     with bar("fit-subspace", _expected(recipe, processes)) as progress:
         for batch in image_batches(base, recipe, tally, processes, Counter(done)):
             try:
-                strata.add(batch.digests, *token_pairs(base, batch.unit.to(processes.device)))
+                strata.add(batch.digests, *token_pairs(base, batch.unit.to(processes.device), batch.latents))
             except ValueError as error:
                 raise Flux2PixelError(f"{', '.join(batch.names[:3])}: {error}") from error
             summed += [digest[: 2 * _DIGEST] for digest in batch.digests]
