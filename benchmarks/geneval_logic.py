@@ -56,17 +56,15 @@ def main():
     ]
     taken = []
     for _ in range(REPEATS):
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         records = [judged(prompt, index, seen) for prompt, index, seen in images]
-        judging = time.perf_counter() - begun
+        judging = time.process_time() - begun_cpu
         summary = suite.summary(records)
-        taken.append((time.perf_counter() - begun, judging))
-    total, judging = (statistics.median(column) for column in zip(*taken, strict=True))
+        taken.append((time.perf_counter() - begun, time.process_time() - begun_cpu, judging))
+    wall, total, judging = (statistics.median(column) for column in zip(*taken, strict=True))
     print(f"{len(records)} images, 100 detections each, overall {summary['overall']['score']:.3f} (synthetic)")
-    print(
-        f"median of {REPEATS}: {total:.2f} s ({judging:.2f} s judging, {total - judging:.2f} s summary with intervals)"
-    )
-    print(f"ratio to the limit of {LIMIT:.0f} s: {total / LIMIT:.2f}")
+    print(f"processor time, median of {REPEATS}: {total:.2f} s ({judging:.2f} s judging, the rest the summary)")
+    print(f"ratio to the limit of {LIMIT:.0f} s: {total / LIMIT:.2f}; wall time, which others share: {wall:.2f} s")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flux2pixel import files
 from flux2pixel.evaluate import figures
 from flux2pixel.evaluate.geneval import promptset
-from flux2pixel.evaluate.geneval.verdict import Box, Detection, floor_of, judge, keep
+from flux2pixel.evaluate.geneval.verdict import Box, Detection, floor_of, judge_kept, keep
 from flux2pixel.evaluate.suite import Prompt, Record, Rgb, Sample, read_ahead, read_rgb
 
 PROTOCOL = "geneval@af4902f"
@@ -100,10 +100,10 @@ class GenEval:
 
 def judged(prompt: Prompt, index: int, seen: Seen) -> Record:
     """Judge what was seen in one image at the official settings; keeps the boxes that passed the threshold."""
-    verdict = judge(prompt.data, seen.detections, seen.color)
     floor = floor_of(prompt.data)
-    kept = {name: [list(d) for d in keep(found, floor)] for name, found in seen.detections.items()}
-    boxes = {name: rows for name, rows in kept.items() if rows}
+    kept = {name: rows for name, found in seen.detections.items() if (rows := keep(found, floor))}
+    verdict = judge_kept(prompt.data, kept, seen.color)
+    boxes = {name: [list(d) for d in rows] for name, rows in kept.items()}
     return Record(prompt.id, index, prompt.group, float(verdict.correct), verdict.reason, {"boxes": boxes})
 
 

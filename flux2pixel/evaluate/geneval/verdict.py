@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +61,13 @@ def relations(a: Detection, b: Detection, position_threshold: float = 0.1) -> se
     return {name for name, holds in named.items() if holds}
 
 
+@cache
+def _edges(threshold: float) -> tuple[float, float]:
+    """The float32 that a threshold is, and the next one above it."""
+    floor = np.float32(threshold)
+    return float(floor), float(np.nextafter(floor, np.float32(np.inf)))
+
+
 def keep(
     found: Sequence[Detection], threshold: float, max_objects: int = 16, max_overlap: float = 1.0
 ) -> list[tuple[float, ...]]:
@@ -66,9 +75,12 @@ def keep(
 
     The best come first. Of equal scores the later one does, as in the official reversed ascending sort.
     """
-    floor = np.float32(threshold)
-    above = [tuple(d) for d in found if np.float32(d[4]) > floor]
-    best = sorted(above, key=lambda d: d[4])[::-1][:max_objects]
+    low, high = _edges(threshold)
+    # Only between two neighbours in float32 does rounding decide; asking it of every score would cost the most.
+    above = [tuple(d) for d in found if d[4] >= high or (d[4] > low and np.float32(d[4]) > low)]
+    if not above:
+        return []
+    best = sorted(above, key=itemgetter(4))[::-1][:max_objects]
     if max_overlap == 1.0:
         return best
     kept: list[tuple[float, ...]] = []
@@ -130,14 +142,23 @@ def judge(
     only about the objects that count. Raises UsageError if a position refers to a group that is not before it.
     """
     floor = floor_of(metadata, threshold, counting_threshold)
-    clauses, forbidden = metadata.get("include", ()), metadata.get("exclude", ())
-    named = {clause["class"] for clause in (*clauses, *forbidden)}
+    named = {clause["class"] for part in ("include", "exclude") for clause in metadata.get(part, ())}
     kept = {name: keep(detections.get(name, ()), floor, max_objects, max_overlap) for name in named}
+    return judge_kept(metadata, kept, classify_color, position_threshold)
+
+
+def judge_kept(
+    metadata: Mapping,
+    kept: Mapping[str, Sequence[Detection]],
+    classify_color: ClassifyColor,
+    position_threshold: float = 0.1,
+) -> Verdict:
+    """Judge what `keep` left of one image, best first; the second half of `judge`."""
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
-    for clause in clauses:
+    for clause in metadata.get("include", ()):
         name, count = clause["class"], clause["count"]
-        found = kept[name][:count]
+        found = kept.get(name, ())[:count]
         if len(found) < count:
             why = f"expected {name}>={count}, found {len(found)}"
         else:
@@ -147,8 +168,8 @@ def judge(
         if why:
             reasons.append(why)
         groups.append(None if why else found)
-    for clause in forbidden:
-        number = len(kept[clause["class"]])
+    for clause in metadata.get("exclude", ()):
+        number = len(kept.get(clause["class"], ()))
         if number >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return Verdict(not reasons, "\n".join(reasons))
