@@ -12,7 +12,8 @@ import pytest
 from families import write_base
 
 from flux2pixel import bases
-from flux2pixel.bases.known import KNOWN
+from flux2pixel.bases.hub import PARTS
+from flux2pixel.bases.known import KNOWN, table
 from flux2pixel.errors import UsageError
 
 COMMIT = "c0ffee" + "0" * 34
@@ -92,13 +93,13 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
-def resolve(home, hub, *names, **environment):
+def resolve(home, hub, *names, parts=PARTS, **environment):
     """Resolve each name in a process of its own, whose Hub is the given server; prints folders and errors."""
     script = (
         "import sys, huggingface_hub.constants as client\nclient.DOWNLOAD_CHUNK_SIZE = 4096\n"
         "from flux2pixel.bases import resolve\nfrom flux2pixel.errors import UsageError\n"
         "for name in sys.argv[1:]:\n"
-        "    try: print('folder', resolve(name))\n"
+        f"    try: print('folder', resolve(name, {parts!r}))\n"
         "    except UsageError as error: print('error', error)\n"
     )
     environment = {
@@ -117,6 +118,14 @@ def resolve(home, hub, *names, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def test_a_part_can_be_had_without_the_rest(hub, tmp_path):
+    (found,) = resolve(tmp_path, hub, "me/base", parts=("vae",))
+    folder = bases.Path(found.removeprefix("folder "))
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (folder / "transformer" / "config.json").is_file()
+    assert not list(folder.glob("transformer/*.safetensors"))
 
 
 def test_the_hub_is_asked_for_what_is_needed_and_its_refusals_are_one_line(hub, tmp_path):
@@ -192,8 +201,6 @@ def test_distilled_checkpoints_are_known_and_not_guided(tmp_path):
 
 
 def test_the_table_lists_every_alias():
-    from flux2pixel.bases.known import table
-
     lines = table().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [*bases.ALIASES, *KNOWN]
     for alias, known in KNOWN.items():

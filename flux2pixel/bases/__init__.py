@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux2pixel.bases.hub import PARTS, download
 from flux2pixel.bases.known import KNOWN
 from flux2pixel.errors import UsageError
 
@@ -21,8 +23,8 @@ ALIASES = {"klein-tiny": Path(__file__).parent.parent / "miniature" / "klein-tin
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(base: str) -> Path:
-    """Turn an alias, a folder or a Hub id into the base's folder, downloading it if need be.
+def resolve(base: str, parts: Sequence[str] = PARTS) -> Path:
+    """Turn an alias, a folder or a Hub id into the base's folder, downloading what is missing of ``parts``.
 
     Raises UsageError if there is no such base, or it cannot be had, or cannot be converted.
     """
@@ -33,9 +35,7 @@ def resolve(base: str) -> Path:
     if known and known.refused:
         raise UsageError(f"base: {base!r} cannot be converted: {known.refused}; use {known.undistilled}")
     if known or (_HUB_ID.fullmatch(base) and not folder.exists()):
-        from flux2pixel.bases.hub import download
-
-        return download(known.hub if known else base)
+        return download(known.hub if known else base, parts)
     if folder.is_dir():
         raise UsageError(f"base: {base!r} has no transformer/config.json: it is not a diffusers folder")
     everything = [*ALIASES, *KNOWN]
@@ -44,11 +44,12 @@ def resolve(base: str) -> Path:
     raise UsageError(f"base: {base!r} is neither an alias nor a folder; {hint}")
 
 
-def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
+def open_base(name: str | Path, dtype: torch.dtype | None = None, parts: Sequence[str] = PARTS) -> Base:
     """Open a base, or a model converted from one, by alias, folder or Hub id; nothing heavy is loaded yet.
 
     The family is told from the class name in ``transformer/config.json``. ``dtype`` is that of the transformer and
-    the text encoders, float32 if not given. Raises UsageError if there is no such base or its family is unknown.
+    the text encoders, float32 if not given; ``parts`` are those whose weights will be asked for. Raises UsageError if
+    there is no such base or its family is unknown.
     """
     import torch
 
@@ -56,7 +57,7 @@ def open_base(name: str | Path, dtype: torch.dtype | None = None) -> Base:
 
     folder = Path(name)
     if not (folder / "asymflow.json").is_file():
-        folder = resolve(str(name))
+        folder = resolve(str(name), parts)
     config = folder / "transformer" / "config.json"
     name_of_class = read_config(config).get("_class_name")
     family = family_of(name_of_class)

@@ -13,9 +13,10 @@ INDEXES = ("model_index.json", "modular_model_index.json")
 
 
 def download(repo: str, parts: Sequence[str] = PARTS) -> Path:
-    """Fetch the diffusers folders of a Hub repository, or what is missing of them; returns the snapshot's folder.
+    """Fetch ``parts`` of a Hub repository, or what is missing of them; returns the snapshot's folder.
 
-    Original single-file weights beside them are left out. A download that was cut off goes on where it stopped.
+    The configurations of all parts come too; original single-file weights beside them do not. A download that was cut
+    off goes on where it stopped.
     Raises UsageError with what to do if the repository is gated, absent, or cannot be reached and is not cached.
     """
     from huggingface_hub import snapshot_download
@@ -24,7 +25,8 @@ def download(repo: str, parts: Sequence[str] = PARTS) -> Path:
     page = f"https://huggingface.co/{repo}"
     say(f"base: {repo} from the Hub, or its cache")
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=[*INDEXES, *(f"{part}/*" for part in parts)]))
+        wanted = [*INDEXES, "*/config.json", "*/scheduler_config.json", *(f"{part}/*" for part in parts)]
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except GatedRepoError as error:
         raise UsageError(
             f"base: {repo} is gated; accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN"

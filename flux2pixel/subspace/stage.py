@@ -33,7 +33,7 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None, merge: Sequ
     """
     torch.set_num_threads(recipe.threads)
     torch.set_flush_denormal(True)
-    base = bases.open_base(recipe.base)
+    base = bases.open_base(recipe.base, parts=("vae",))
     check(recipe, base)
     path = out or run / "subspace.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
