@@ -171,9 +171,14 @@ class Eval:
     )
     samples: int = _option(4, "images per prompt, at most the suite's own number", low=1)
     size: int = _option(0, "side of an image in pixels; 0 = 1024, or the miniature's 32", low=0)
-    prompts: int = _option(0, "held-out prompts; 0 = all", low=0)
+    prompts: int = _option(0, "prompts of each suite, spread evenly; 0 = all", low=0)
+    prompt_file: str = _option("", "prompts of your own: GenEval metadata, or DPG-Bench texts; empty = the suite's")
+    assets: str = _option("", "folder of scorer weights and data; empty = the user's cache, see eval --fetch")
+    dpg_judge: str = _option("", "a vision-language model to judge DPG-Bench instead of mPLUG; empty = mPLUG")
+    hpsv3_text: str = _option("caption", "text HPSv3 is given: caption | script", choices=("caption", "script"))
     batch: int = _option(120, "images per batch", low=1)
-    fidelity_images: int = _option(480, "images compared with true renders", low=2)
+    fidelity_images: int = _option(480, "images compared with true ones", low=2)
+    reference: str = _option("", "folder of true images for fidelity; empty = the miniature's renders")
 
 
 @dataclass(frozen=True)
@@ -316,7 +321,7 @@ def _check(item: Field[Any], value: Any, where: str) -> Any:
         words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise UsageError(f"{where} = {_toml(value)} must be {words[type(default)]}, such as {_toml(default)}")
     if isinstance(value, str):
-        if not value:
+        if not value and default:
             raise UsageError(f'{where} = "" must not be empty; its default is {_toml(default)}')
         _check_choice(value, rule["choices"], where)
     elif isinstance(value, int | float) and not isinstance(value, bool):

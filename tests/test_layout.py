@@ -10,6 +10,8 @@ from PIL import Image
 
 from flux2pixel.errors import UsageError
 from flux2pixel.evaluate import layout, png
+from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.stage import evaluate
 from flux2pixel.evaluate.suite import Prompt
 from flux2pixel.evaluate.suites import open_suites
@@ -97,7 +99,7 @@ def test_hpsv3_finds_prompts_by_their_text(tmp_path: Path) -> None:
 
 def test_a_folder_of_true_renders_is_scored_from_the_stage(tmp_path: Path) -> None:
     recipe = load(None, ["eval.prompts=6", "eval.fidelity_images=12"])
-    (suite,) = open_suites(recipe)
+    (suite,) = open_suites(recipe, Digests(tmp_path / "d"), Memo(tmp_path / "m"), "cpu")
     folder = tmp_path / "renders"
     layout.write_companions("geneval", folder, suite.asked)
     for file in layout.image_files("geneval", folder, suite.asked, 4):

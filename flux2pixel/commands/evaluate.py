@@ -24,6 +24,7 @@ from flux2pixel.commands.options import (
     Suite,
 )
 from flux2pixel.errors import UsageError
+from flux2pixel.recipe import Recipe
 
 
 def eval_command(
@@ -51,6 +52,9 @@ def eval_command(
     gpus: Annotated[
         int, typer.Option("--gpus", help="Processes on this machine, one a device; they share the work.")
     ] = 1,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Get the suites' scorer weights and data ahead, then stop.")
+    ] = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
@@ -60,6 +64,9 @@ def eval_command(
         if gpus < 1:
             raise UsageError(f"--gpus {gpus}: must be at least 1")
         job = resolve(recipe, run, assignments, base=base, eval__suite=suite, sample__steps=steps, seed=seed)
+        if fetch:
+            _fetch(job.recipe)
+            return
         _check(model or (), images or ())
         takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
         takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
@@ -72,6 +79,14 @@ def eval_command(
         from flux2pixel.evaluate.stage import evaluate
 
         evaluate(job.recipe, job.run, model or (), out, images or ())
+
+
+def _fetch(recipe: Recipe) -> None:
+    """Get what the suites need into the assets folder."""
+    from flux2pixel.evaluate.fetch import default_folder, fetch
+
+    suites = [suite for suite in recipe.eval.suite if suite != "fidelity"]
+    fetch(suites, Path(recipe.eval.assets) if recipe.eval.assets else default_folder())
 
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:

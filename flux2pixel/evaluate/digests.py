@@ -11,7 +11,7 @@ from flux2pixel import files
 from flux2pixel.errors import UsageError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-CONFIGS = (".json", ".txt", ".model", ".jinja")
+CONFIGS = (".json", ".txt", ".model", ".jinja", ".csv", ".yaml")
 
 
 class Digests:

@@ -18,6 +18,7 @@ from flux2pixel.evaluate.suite import Prompt, Record
 from flux2pixel.evaluate.suites import Suite
 from flux2pixel.recipe import Recipe
 
+UNKNOWN = "unknown: images made elsewhere"
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "safetensors", "numpy", "pillow")
 
 
@@ -29,13 +30,13 @@ def versions() -> dict[str, str]:
 
 def suite_figures(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     """A suite's part of a model in report.json: its summary, and ``protocol`` with all that decided it."""
-    summary = dict(outcome.suite.scorer.summary(outcome.records))
+    summary = dict(outcome.suite.summariser.summary(outcome.records))
     if outcome.suite.name == "geneval":
         summary["tags"] = summary.pop("groups")
-    summary["protocol"] = outcome.suite.scorer.provenance() | {
+    summary["protocol"] = outcome.suite.decided_by | {
         "sizes": dict(Counter(_size(outcome, prompt) for prompt in outcome.suite.asked)),
-        "seed": recipe.seed if outcome.candidate.open else "unknown: images made elsewhere",
-        "prompts_rewritten": False if outcome.candidate.open else "unknown: images made elsewhere",
+        "seed": recipe.seed if outcome.candidate.open else UNKNOWN,
+        "prompts_rewritten": bool(recipe.eval.prompt_file) if outcome.candidate.open else UNKNOWN,
     }
     return summary
 

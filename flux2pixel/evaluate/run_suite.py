@@ -47,14 +47,23 @@ class Work:
 class Task:
     """The work of one candidate in one suite; ``home`` holds images/ and scores/ of the run."""
 
-    def __init__(self, candidate: Candidate, suite: Suite, seed: int, home: Path, digests: Digests, rank: int = 0):
+    def __init__(
+        self,
+        candidate: Candidate,
+        suite: Suite,
+        seed: int,
+        home: Path,
+        digests: Digests,
+        rank: int = 0,
+        sized: bool = True,
+    ):
         self.candidate, self.suite, self._digests = candidate, suite, digests
         self._scores = home / "scores" / candidate.name
         self._rank = rank
         self.ledger = Ledger(self._scores / f"{suite.name}.jsonl", rank)
         if candidate.open is None:
             self.order = None
-            self.files = _foreign(candidate, suite)
+            self.files = _foreign(candidate, suite, sized)
         else:
             self.order = Order(candidate.digest, candidate.settings, seed, suite.places, suite.size_of)
             folder = home / "images" / candidate.name / suite.name
@@ -120,8 +129,12 @@ class Task:
         return outcome
 
 
-def _foreign(candidate: Candidate, suite: Suite) -> list[ImageFile]:
-    """Images made elsewhere, refused whole if any of them would be scored wrongly."""
+def _foreign(candidate: Candidate, suite: Suite, sized: bool) -> list[ImageFile]:
+    """Images made elsewhere, refused whole if any of them would be scored wrongly; ``sized``: eval.size was given."""
+    if suite.name == "dpg-bench" and not sized:
+        raise UsageError(
+            f"--images {candidate.path}: say how many pixels a sample of the grids has, --set eval.size=1024"
+        )
     folder = candidate.path / suite.name if (candidate.path / suite.name).is_dir() else candidate.path
     found = layout.read_folder(suite.name, folder, suite.asked, suite.side)
     for line in [*found.faults[:SHOWN], *found.missing[:SHOWN]]:

@@ -20,9 +20,10 @@ from flux2pixel import bases, files
 from flux2pixel.errors import UsageError
 from flux2pixel.evaluate import reference, results
 from flux2pixel.evaluate.claims import claims
+from flux2pixel.evaluate.comparable import comparable
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.models import Candidate, candidate, named
+from flux2pixel.evaluate.models import Candidate, candidate, device, named
 from flux2pixel.evaluate.pictures import basis_vectors
 from flux2pixel.evaluate.processes import Processes, current
 from flux2pixel.evaluate.report import Gallery, write_report
@@ -53,10 +54,18 @@ def evaluate(
     torch.set_num_threads(recipe.threads)
     processes = current()
     home = run / "eval"
-    digests, texts = Digests(home / "digests.json"), Texts()
-    suites = open_suites(recipe)
+    digests, texts, memo = (
+        Digests(home / "digests.json"),
+        Texts(),
+        Memo(home / "scores" / f"sets.{processes.rank}.json"),
+    )
+    suites = open_suites(recipe, digests, memo, str(device()))
     candidates = _candidates(recipe, run, models, images, digests, texts)
-    tasks = [Task(c, suite, recipe.seed, home, digests, processes.rank) for c in candidates for suite in suites]
+    tasks = [
+        Task(c, suite, recipe.seed, home, digests, processes.rank, recipe.eval.size > 0)
+        for c in candidates
+        for suite in suites
+    ]
     if processes.first:
         say("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
     for one in candidates:
@@ -66,7 +75,7 @@ def evaluate(
     processes.wait()
     if processes.first:
         outcomes = [task.collect() for task in tasks]
-        report = _report(recipe, run, outcomes, Memo(home / "scores" / "sets.json"), digests)
+        report = _report(recipe, run, outcomes, memo, digests)
         report["seconds"] = _seconds(run, time.perf_counter() - started)
         gallery = Gallery(_shots(outcomes), home / "sheets", digests)
         files.write_json(page.with_suffix(".json"), report)
@@ -82,10 +91,10 @@ def evaluate(
 def check(recipe: Recipe, run: Path, models: Sequence[str], images: Sequence[str]) -> None:
     """Raise UsageError for what `evaluate` would refuse; loads no weights and writes nothing but digests."""
     digests = Digests(run / "eval" / "digests.json")
-    suites = open_suites(recipe)
+    suites = open_suites(recipe, digests, Memo(run / "eval" / "scores" / "sets.0.json"), "cpu")
     for one in _candidates(recipe, run, models, images, digests, Texts()):
         for suite in suites:
-            Task(one, suite, recipe.seed, run / "eval", digests)
+            Task(one, suite, recipe.seed, run / "eval", digests, sized=recipe.eval.size > 0)
     digests.save()
 
 
@@ -140,10 +149,11 @@ def _report(recipe: Recipe, run: Path, outcomes: list[Outcome], memo: Memo, dige
             row["seconds_per_image"] = outcome.seconds_per_image
         if outcome.suite.load is not None:
             row[KEYS[outcome.suite.name]] = results.suite_figures(outcome, recipe)
-    if recipe.base == MINIATURE:
-        _compare_with_renders(recipe, report, outcomes, memo, digests)
+    if recipe.base == MINIATURE and (drawn := [one for one in outcomes if one.suite.name == "geneval"]):
+        _compare_with_renders(recipe, report, drawn, memo, digests)
     report["paired"] = results.paired(outcomes)
     report |= _provenance(run)
+    report["comparable"] = comparable(report["models"])
     report["claims"] = claims(report)
     report["prompts"] = results.prompt_rows(outcomes, world.HELD_OUT if recipe.base == MINIATURE else None)
     return report
