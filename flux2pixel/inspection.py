@@ -87,6 +87,8 @@ def inspect(file: Path) -> str:
 
 
 def _inspect_file(path: Path) -> str:
+    if path.suffix in (".pth", ".pt"):
+        return _inspect_reference(path)
     header = read_header(path)
     kind = header.metadata.get("format", "safetensors")
     lines = [f"{path}: {kind}, {_amounts(header.parameters, path.stat().st_size)}, {len(header.tensors)} tensors"]
@@ -97,6 +99,15 @@ def _inspect_file(path: Path) -> str:
     if len(header.tensors) > _SHOWN:
         lines.append(f"  ... and {len(header.tensors) - _SHOWN} more")
     return "\n".join(lines)
+
+
+def _inspect_reference(path: Path) -> str:
+    from flux2pixel.subspace.file import read_subspace
+
+    flow, metadata = read_subspace(path)
+    lines = [f"{path}: subspace of the reference implementation, {path.stat().st_size / 1e6:.2f} MB"]
+    facts = {"patch_size": metadata["patch_size"], "basis": str(tuple(flow.basis.shape)), "scale": f"{flow.scale:.6g}"}
+    return "\n".join(lines + _table("contents", facts))
 
 
 def _inspect_folder(folder: Path) -> str:

@@ -33,7 +33,7 @@ class FitSubspace:
     """``[fit_subspace]``: the low-rank basis that ties pixels to the base's latents."""
 
     source: str = _option(
-        "scenes", "scenes | photographs (scikit-learn's two) | a folder | a .jsonl manifest | .tar shards | hf:NAME"
+        "scenes", "scenes | photographs (scikit-learn's) | a folder | MANIFEST.jsonl | SHARDS.tar | hf:NAME | a cache"
     )
     images: int = _option(4000, "images to fit on, the source's first; 0 = all", low=0)
     resolution: int = _option(0, "images are scaled to about this squared, aspect ratio kept; 0 = own size", low=0)

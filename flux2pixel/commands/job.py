@@ -109,6 +109,8 @@ def image_source(recipe: Recipe) -> str:
     """Return the name of the images that the subspace is fitted on, checked to be there."""
     from flux2pixel.images import open_source
 
+    if (Path(recipe.fit_subspace.source) / "cache.json").is_file():
+        return f"the cache {recipe.fit_subspace.source}"
     try:
         return open_source(recipe.fit_subspace.source).name
     except UsageError as error:

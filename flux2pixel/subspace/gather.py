@@ -25,6 +25,7 @@ from flux2pixel.errors import Flux2PixelError
 from flux2pixel.images import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
 from flux2pixel.progress import bar, say
 from flux2pixel.recipe import Recipe
+from flux2pixel.subspace.cached import Pairs, cached_pairs, is_cache
 from flux2pixel.subspace.processes import Processes
 from flux2pixel.subspace.strata import Strata, read_strata, write_strata
 
@@ -75,6 +76,26 @@ def token_pairs(base: Base, rgb: Tensor, latents: Tensor | None = None) -> tuple
     return tokens.patchify(color.encode(rgb), base.patch_size), z
 
 
+def token_batches(base: Base, recipe: Recipe, tally: Tally, processes: Processes, done: list[str]) -> Iterator[Pairs]:
+    """This process's token pairs, of images through the VAE or of a training cache, less the images in ``done``."""
+    settings = recipe.fit_subspace
+    if is_cache(settings.source):
+        cached = cached_pairs(base, Path(settings.source), settings.batch, tally, processes, settings.images)
+        summed = set(done)
+        for pairs in cached:
+            left = [row for row, digest in enumerate(pairs.digests) if digest[: 2 * _DIGEST] not in summed]
+            if left:
+                names, digests = ([of[row] for row in left] for of in (pairs.names, pairs.digests))
+                yield Pairs(names, digests, pairs.x[left], pairs.z[left])
+        return
+    for batch in image_batches(base, recipe, tally, processes, Counter(done)):
+        try:
+            x, z = token_pairs(base, batch.unit.to(processes.device), batch.latents)
+        except ValueError as error:
+            raise Flux2PixelError(f"{', '.join(batch.names[:3])}: {error}") from error
+        yield Pairs(batch.names, batch.digests, x, z)
+
+
 def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tuple[Strata, Tally]:
     """The sums over all images of the recipe, by all processes; ``path`` is where the unfinished sums are saved."""
     saved = Saved(path, fingerprint(base, recipe), processes)
@@ -83,13 +104,13 @@ def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tupl
     summed = list(done) if processes.rank == 0 else []
     clock = time.monotonic()
     with bar("fit-subspace", _expected(recipe, processes)) as progress:
-        for batch in image_batches(base, recipe, tally, processes, Counter(done)):
+        for pairs in token_batches(base, recipe, tally, processes, done):
             try:
-                strata.add(batch.digests, *token_pairs(base, batch.unit.to(processes.device), batch.latents))
+                strata.add(pairs.digests, pairs.x, pairs.z)
             except ValueError as error:
-                raise Flux2PixelError(f"{', '.join(batch.names[:3])}: {error}") from error
-            summed += [digest[: 2 * _DIGEST] for digest in batch.digests]
-            progress.advance(len(batch.names))
+                raise Flux2PixelError(f"{', '.join(pairs.names[:3])}: {error}") from error
+            summed += [digest[: 2 * _DIGEST] for digest in pairs.digests]
+            progress.advance(len(pairs.names))
             if time.monotonic() - clock > SAVE_SECONDS:
                 saved.write(strata, summed)
                 clock = time.monotonic()
@@ -99,7 +120,8 @@ def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tupl
 
 
 def _expected(recipe: Recipe, processes: Processes) -> int:
-    count, limit = open_images(recipe.fit_subspace.source).count, recipe.fit_subspace.images
+    source, limit = recipe.fit_subspace.source, recipe.fit_subspace.images
+    count = None if is_cache(source) else open_images(source).count
     total = min(count, limit) if count and limit else count or limit
     return -(-total // processes.world)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flux2pixel.bases.base import Base
 from flux2pixel.errors import UsageError
 from flux2pixel.recipe import Recipe
+from flux2pixel.subspace.cached import is_cache
 
 
 def check(recipe: Recipe, base: Base) -> None:
@@ -16,8 +17,10 @@ def check(recipe: Recipe, base: Base) -> None:
         )
     if settings.rank > base.token_width:
         raise UsageError(f"fit_subspace.rank: {settings.rank} is more than a pixel token has ({base.token_width})")
-    if settings.jacobian == "smoothed" and settings.linearise_at == "images":
+    if settings.method == "vae-jacobian" and settings.jacobian == "smoothed" and settings.linearise_at == "images":
         raise UsageError(
             "fit_subspace.linearise_at: smoothed over images is what procrustes computes; "
             'set method = "procrustes", or jacobian = "exact"'
         )
+    if settings.linearise_at == "images" and settings.method == "vae-jacobian" and is_cache(settings.source):
+        raise UsageError("fit_subspace.source: a cache has no pictures to linearise at; give the images themselves")
