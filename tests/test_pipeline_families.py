@@ -56,3 +56,17 @@ def test_converted_and_latent_draw_the_same(tmp_path, name, precision, monkeypat
     assert pixels.shape == (2, 3, *size) and pixels.std() > 0.01
     difference = (pixels - drawn).abs()
     assert difference.max() < 1e-3 if precision == "float32" else difference.mean() < 0.02
+
+
+def test_guidance_that_a_distilled_model_ignores_is_said(tmp_path, capsys):
+    folder = write_base(tmp_path / "base", "flux1-schnell")
+    base = open_base(folder)
+    path = tmp_path / "subspace.safetensors"
+    write_subspace(path, polar(torch.randn(base.token_width, base.latent_width)), torch.tensor(1.3), {})
+    recipe = load(None, [f"base={folder}", "convert.verify_steps=2", "sample.guidance=3.0"])
+    written = convert(recipe, tmp_path, path)
+    capsys.readouterr()
+    load_pixel_model(written, recipe.sample)
+    assert "takes no guidance; sample.guidance 3 is ignored" in capsys.readouterr().err.replace("\n", " ")
+    load_pixel_model(written, load(None, ["sample.guidance=1.0"]).sample)
+    assert "ignored" not in capsys.readouterr().err

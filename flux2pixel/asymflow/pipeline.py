@@ -133,7 +133,13 @@ def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False) -
     stored, _ = files.read_tensors(folder / "asymflow.safetensors")
     flow = AsymFlow(stored["basis"], stored["scale"], sigma_min=use["sigma_min"])
     base = bases.open_base(folder)
+    _note_guidance(base, settings)
     return PixelModel(base, base.transformer, flow, use["patch_size"], settings, matched)
+
+
+def _note_guidance(base: Base, settings: Sample) -> None:
+    if base.guidance == "none" and settings.guidance != 1:
+        say(f"note: {base.folder} is distilled and takes no guidance; sample.guidance {settings.guidance:g} is ignored")
 
 
 def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
@@ -178,4 +184,5 @@ def open_model(folder: Path, recipe: Recipe, run: Path) -> LatentModel | PixelMo
     subspace = run / "subspace.safetensors"
     if not subspace.is_file():
         raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")
+    _note_guidance(base, recipe.sample)
     return LatentModel(base, read_subspace(subspace)[0], recipe.sample)
