@@ -67,7 +67,7 @@ class Hpsv3:
         }
         if grouped:
             table = aggregate(rewards)
-            if not lost:
+            if not lost and set(table) - {"OVERALL"} == set(CATEGORIES):
                 summary["overall"] = figures.mean_of_groups(self.prompts, grouped)
             else:
                 del table["OVERALL"]
