@@ -4,9 +4,10 @@
 
 Starts itself under torchrun in two gloo processes of one thread each. Both train the same network on the same number of
 images a process, once sharded (weights gathered, gradients reduced) and once alone, in turn; medians by the wall clock
-and of CPU time, which other processes of the machine hardly change but which leaves waiting out. Then a save of the sharded training (network, AdamW, weight average) against one plain
-file of as many bytes, written and synced by each process for its part. Two cores of one machine say nothing about a
-network between GPUs: the figure is FSDP2's own work and gloo's copies.
+and of CPU time, which other processes of the machine hardly change but which leaves waiting out. Then a save of the
+sharded training (network, AdamW, weight average) against one plain file of as many bytes, written and synced by each
+process for its part. Two cores of one machine say nothing about a network between GPUs: the figure is FSDP2's own work
+and gloo's copies.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def main() -> None:
     if team.leads:
         for name, row in found.items():
             print(
-                f"{name} ({row['parameters'] / 1e6:.1f} M parameters, {IMAGES} images a process): sharded step "
-                f"{row['sharded'] * 1e3:.0f} ms, {row['step_ratio']:.3f} of alone by the wall, {row['cpu_ratio']:.3f} in CPU time; save {row['save'] * 1e3:.0f} ms, "
+                f"{name} ({row['parameters'] / 1e6:.1f} M parameters, {IMAGES} images a process): "
+                f"sharded step {row['sharded'] * 1e3:.0f} ms, {row['step_ratio']:.3f} of alone by the wall, "
+                f"{row['cpu_ratio']:.3f} in CPU time; save {row['save'] * 1e3:.0f} ms, "
                 f"{row['save_ratio']:.2f} of a plain synced write"
             )
         OUT.write_text(json.dumps({"images": IMAGES, "repeats": args.repeats, **found}, indent=1) + "\n")

@@ -1,6 +1,25 @@
 """``--gpus N``: the same command, run again by torchrun in N processes of this machine.
 
 Everything a user can get wrong was found before, in one process, so that no error comes N times in a launcher's trace.
+
+A cluster's own launcher does as well; the leading process then prepares while the others wait, and the recipe may say
+how many there must be (``finetune.processes``):
+
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m flux2pixel -- finetune --recipe RECIPE.toml --run RUN
+    accelerate launch --num_processes 8 -m flux2pixel finetune --recipe RECIPE.toml --run RUN
+
+Slurm, one task a node; ``--signal`` warns ten minutes before the time is up, the processes save, leave
+``finetune-stopped.json`` behind and exit 0, and the job that is queued again goes on from there:
+
+    #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --signal=USR1@600 --requeue --open-mode=append
+    HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
+        --rdzv-endpoint "$HOST:29500" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 540 \\
+        -m flux2pixel -- finetune --recipe RECIPE.toml --run RUN
+    test ! -f RUN/finetune-stopped.json || scontrol requeue "$SLURM_JOB_ID"
+
+The run directory must be on a file system that all nodes see.
 """
 
 from __future__ import annotations

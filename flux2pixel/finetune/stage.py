@@ -141,6 +141,7 @@ def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path |
     source, cache = open_source(model or run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
     held = hold_out(cache, settings.validation_images)
     if team.leads:
+        (run / STOPPED).unlink(missing_ok=True)
         say(f"finetune: model {source.folder}, {len(cache)} images, loss {settings.loss}, {team.world} process(es)")
     trainer = build(recipe, source, team)
     if (found := checkpoint.newest(folder)) is not None:
@@ -315,7 +316,6 @@ def _finish(
         with files.new_folder(destination) as folder:
             export.write_model(folder, source.folder, source.base, trained, recipe)
             export.write_card(folder, recipe, watch.log, record, run / "samples")
-        (run / STOPPED).unlink(missing_ok=True)
         if not recipe.finetune.keep_final:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         say(f"wrote {destination}")
