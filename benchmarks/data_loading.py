@@ -69,9 +69,10 @@ def large_cache(folder: Path, images: int, side: int = 1024, text: tuple[int, in
         writer.add("", [caption_digest(caption)], {"text": torch.randn(1, *text).bfloat16()})
     writer.flush()
     items = [{"digest": d, "caption": c, "name": c} for d, c in zip(image_digests, captions[1:], strict=True)]
-    (folder / INDEX).write_text("".join(json.dumps(item) + "\n" for item in items))
+    index = "".join(json.dumps(item) + "\n" for item in items)
+    (folder / INDEX).write_text(index)
     key = asdict(Key(1, "", "", 16, side, 0.2, False, "bf16"))
-    files.write_json(folder / MANIFEST, {"key": key, "digest": ""})
+    files.write_json(folder / MANIFEST, {"key": key, "digest": hashlib.sha256(index.encode()).hexdigest()})
     return Cache(folder)
 
 

@@ -232,6 +232,12 @@ def test_a_damaged_cache_is_named(made, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(Flux2PixelError, match=rf"{shard.name}: is damaged"):
         Cache(broken)
+    index = (broken / "index.jsonl").read_text()
+    (broken / "index.jsonl").write_text(index[index.index("\n") + 1 :])
+    shutil.copy2(made.folder / "images" / shard.name, shard)
+    with pytest.raises(Flux2PixelError, match=r"index\.jsonl is not the one that cache\.json names"):
+        Cache(broken)
+    (broken / "index.jsonl").write_text(index)
     shard.unlink()
     with pytest.raises(Flux2PixelError, match=r"the shard with \S+png is missing"):
         Cache(broken)

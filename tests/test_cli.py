@@ -16,7 +16,7 @@ from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
 
 COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "export", "inspect", "doctor", "bases"]
-COMMANDS += ["compare", "export-subspace"]
+COMMANDS += ["compare", "export-subspace", "cache"]
 
 
 def invoke(*words: str | Path) -> Any:

@@ -31,7 +31,6 @@ def cache_command(
         folder = job.run / job.recipe.data.cache
         takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]
         if job.start(takes, [folder], dry_run):
-            from flux2pixel import bases
-            from flux2pixel.finetune.encode import make
+            from flux2pixel.finetune.encode import make, open_encoders
 
-            make(job.recipe, job.run, bases.open_base(job.recipe.base), gpus)
+            make(job.recipe, job.run, open_encoders(job.recipe), gpus)

@@ -163,7 +163,10 @@ class Cache:
         self._images, self._text = Shards(folder / "images"), Shards(folder / "text")
         places: dict[Size, list[tuple[int, int, int, int]]] = {}
         names: dict[Size, list[str]] = {}
-        for line in (folder / INDEX).read_text(encoding="utf-8").splitlines():
+        index = (folder / INDEX).read_bytes()
+        if hashlib.sha256(index).hexdigest() != self.digest:
+            raise Flux2PixelError(f"{folder}: {INDEX} is not the one that {MANIFEST} names; run flux2pixel cache again")
+        for line in index.decode().splitlines():
             item = json.loads(line)
             try:
                 shard, group, row = self._images.rows[item["digest"]]

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -79,6 +80,11 @@ class ShardWriter:
         self._tensors, self._digests, self._bytes = {}, {}, 0
 
 
+def open_encoders(recipe: Recipe) -> Base:
+    """The base, its text encoder in bf16 where the cache is: float32 would take 32 GB for klein 9B's."""
+    return bases.open_base(recipe.base, torch.bfloat16 if recipe.data.dtype == "bf16" else torch.float32)
+
+
 def cache_folder(recipe: Recipe, run: Path) -> Path:
     """Where the recipe's cache is: ``data.cache``, a relative one inside the run directory."""
     return run / recipe.data.cache
@@ -126,8 +132,8 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
     Raises UsageError for a cache of another key or a bad source, Flux2PixelError for too many unreadable images.
     """
     folder, key = cache_folder(recipe, run), key or key_of(recipe, base)
-    _start(folder, key)
     source = open_source(recipe.data.source, FIRST_SCENE)
+    _start(folder, key)
     limit = recipe.finetune.images
     total = min(filter(None, (limit, source.count)), default=None)
     say(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
@@ -210,8 +216,11 @@ def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype, rank: in
 
 
 def _run_parts(recipe: Recipe, folder: Path, base: Base, world: int, advance: Callable[[int], object]) -> list[Made]:
-    """All parts: here if it is one, else in processes of their own; the first failure ends them all."""
-    if world == 1:
+    """All parts: here if it is one, else in processes of their own; the first failure ends them all.
+
+    A GPU's part always has its own process: what follows, a training, would find this one's memory still taken.
+    """
+    if world == 1 and not torch.cuda.is_available():
         return [make_part(recipe, folder, base, 0, 1, advance)]
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     counter, stop, shown = context.Value("q", 0), context.Event(), 0
@@ -266,7 +275,15 @@ def _make_images(
     source, tally = open_source(settings.source, FIRST_SCENE), Tally(settings.max_broken)
     writer = ShardWriter(folder / "images")
     batches = stream(
-        source, rules, settings.batch, tally, rank=rank, world=world, limit=recipe.finetune.images, known=known
+        source,
+        rules,
+        settings.batch,
+        tally,
+        rank=rank,
+        world=world,
+        limit=recipe.finetune.images,
+        known=known,
+        threads=max(2, (os.cpu_count() or 1) // world),
     )
     for batch in batches:
         height, width = batch.rgb.shape[-2:]

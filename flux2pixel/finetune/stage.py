@@ -81,7 +81,7 @@ def prepare(recipe: Recipe, run: Path, model: Path | None = None, gpus: int = 1)
         if settings.loss != "variance-reduction":
             raise UsageError("finetune.perceptual is gated by the variance reduction; set finetune.loss to that")
         load_lpips()
-    latent = bases.open_base(recipe.base)
+    latent = encode.open_encoders(recipe)
     cache = encode.ensure(recipe, run, latent, gpus)
     samples.encode_prompts(latent, settings.prompts, run / "samples")
     found = checkpoint.newest(run / "checkpoints")
