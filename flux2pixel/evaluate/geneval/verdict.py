@@ -92,7 +92,7 @@ def keep(
 
 def floor_of(metadata: Mapping, threshold: float = 0.3, counting_threshold: float = 0.9) -> float:
     """Return the score that a detection must exceed to count for this prompt."""
-    return counting_threshold if metadata["tag"] == "counting" else threshold
+    return counting_threshold if metadata.get("tag") == "counting" else threshold
 
 
 def _box(detection: Detection) -> Box:
