@@ -178,7 +178,6 @@ class Eval:
     hpsv3_text: str = _option("caption", "text HPSv3 is given: caption | script", choices=("caption", "script"))
     batch: int = _option(120, "images per batch", low=1)
     fidelity_images: int = _option(480, "images compared with true ones", low=2)
-    reference: str = _option("", "folder of true images for fidelity; empty = the miniature's renders")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from flux2pixel.bases import resolve
 from flux2pixel.cli import app
 from flux2pixel.evaluate import open_scorers
 from flux2pixel.evaluate.comparable import comparable
@@ -98,14 +99,16 @@ def run_eval(folder: Path, *words: str, code: int = 0) -> Any:
 
 
 def test_every_suite_in_one_report(tmp_path: Path, stand_ins: list[str]) -> None:
-    fit_subspace(load(None, ["fit_subspace.images=300"]), tmp_path / "run")
-    suites = [word for name in ("dpg-bench", "hpsv3") for word in ("--suite", name)]
+    """The miniature's folder under another name than its alias is a base like any other."""
+    base = str(resolve("klein-tiny"))
+    fit_subspace(load(None, ["fit_subspace.images=300", f"base={base}"]), tmp_path / "run")
+    suites = ["--base", base, "--set", "eval.size=32", "--suite", "dpg-bench", "--suite", "hpsv3"]
     run_eval(tmp_path, *suites)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    base = report["models"]["base"]
+    row = report["models"]["base"]
     # The official script loses the first question, and with it item0: four items of four crops are left.
-    assert base["dpg_bench"]["images"] == 20 and base["dpg_bench"]["overall"]["score"] * 16 / 100 in range(17)
-    assert base["hpsv3"]["images"] == 24 and set(base["hpsv3"]["groups"]) == set(CATEGORIES)
+    assert row["dpg_bench"]["images"] == 20 and row["dpg_bench"]["overall"]["score"] * 16 / 100 in range(17)
+    assert row["hpsv3"]["images"] == 24 and set(row["hpsv3"]["groups"]) == set(CATEGORIES)
     assert len(list((tmp_path / "run" / "eval" / "images" / "base" / "dpg-bench").glob("*.png"))) == 5
     assert {item["suite"] for item in report["prompts"]} == {"dpg-bench", "hpsv3"}
     for suite in ("dpg-bench", "hpsv3"):
@@ -114,17 +117,26 @@ def test_every_suite_in_one_report(tmp_path: Path, stand_ins: list[str]) -> None
     run_eval(tmp_path, *suites)
     assert stand_ins == ["dpg-bench", "hpsv3"], "a rerun opens no judge"
     shutil.move(tmp_path / "run" / "eval" / "images" / "base" / "dpg-bench", tmp_path / "grids")
-    made = f"elsewhere={tmp_path / 'grids'}"
-    said = run_eval(tmp_path, "--suite", "dpg-bench", "--images", made, code=2)
-    assert "eval.size" in said.output
-    run_eval(tmp_path, "--suite", "dpg-bench", "--images", made, "--set", "eval.size=32")
+    made = ["--base", base, "--suite", "dpg-bench", "--images", f"elsewhere={tmp_path / 'grids'}", "--set"]
+    assert "eval.size" in run_eval(tmp_path, *made, "eval.size=0", code=2).stderr
+    run_eval(tmp_path, *made, "eval.size=32")
     again = json.loads((tmp_path / "run" / "report.json").read_text())["models"]["elsewhere"]["dpg_bench"]
-    assert again["overall"] == base["dpg_bench"]["overall"]
+    assert again["overall"] == row["dpg_bench"]["overall"]
+
+
+def test_the_miniature_runs_dpg_bench_on_its_own_questions(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit_subspace(load(None, ["fit_subspace.images=300"]), run)
+    run_eval(tmp_path, "--suite", "dpg-bench", "--suite", "geneval", "--suite", "fidelity", "--set", "eval.prompts=6")
+    row = json.loads((run / "report.json").read_text())["models"]["base"]
+    assert row["dpg_bench"]["protocol"]["judge"] == row["geneval"]["protocol"]["judge"] == "miniature"
+    assert row["dpg_bench"]["images"] == 24 and "overall" not in row["dpg_bench"]
+    assert {"fid", "kid", "precision", "recall", "patch_frechet"} <= row["fidelity"].keys()
 
 
 def test_absent_weights_say_what_to_fetch(tmp_path: Path) -> None:
     for suite in ("dpg-bench", "hpsv3"):
-        said = run_eval(tmp_path / suite, "--suite", suite, code=2)
+        said = run_eval(tmp_path / suite, "--base", str(resolve("klein-tiny")), "--suite", suite, code=2)
         assert f"--suite {suite} --fetch" in said.stderr and len(said.stderr.splitlines()) == 1
 
 

@@ -16,17 +16,17 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 QUANTISATION_POWER = 1.0 / (12.0 * 255.0**2)  # variance of rounding to 8 bits: no power below it is measurable
 
 
-def _unit(images: Images) -> Array:
+def unit(images: Images) -> Array:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images: want a non-empty (n, H, W, 3) uint8 array, got {images.shape} {images.dtype}")
     return np.asarray(images / 255.0, dtype=np.float64)
 
 
 def _luma(images: Images) -> Array:
-    return np.asarray(_unit(images) @ LUMA, dtype=np.float64)
+    return np.asarray(unit(images) @ LUMA, dtype=np.float64)
 
 
-def _high_pass(pixels: Array) -> Array:
+def high_pass(pixels: Array) -> Array:
     """Pixels ``(n, H, W, ...)`` minus their 3x3 box blur (edges repeated)."""
     size = (1, 3, 3) + (1,) * (pixels.ndim - 3)
     return np.asarray(pixels - uniform_filter(pixels, size=size, mode="nearest"), dtype=np.float64)
@@ -109,10 +109,10 @@ def patch_frechet(images: Images, reference: Images, patch: int = 8, dims: int =
     a decoder's blur shows. FID's form (Heusel et al., 2017) with linear features: no network trained on photographs
     judges pictures of 32 pixels.
     """
-    ours, theirs = _unit(images), _unit(reference)
+    ours, theirs = unit(images), unit(reference)
     return {
         "patch_frechet": _projected_frechet(ours, theirs, patch, dims),
-        "texture_frechet": _projected_frechet(_high_pass(ours), _high_pass(theirs), patch, dims),
+        "texture_frechet": _projected_frechet(high_pass(ours), high_pass(theirs), patch, dims),
     }
 
 
@@ -137,12 +137,12 @@ def blockiness(images: Images, patch: int = 8) -> float:
 
 def grain(images: Images) -> float:
     """Median over images of the standard deviation of the luma minus its 3x3 box blur, in units of [0, 1] pixels."""
-    return float(np.median(_high_pass(_luma(images)).std(axis=(1, 2))))
+    return float(np.median(high_pass(_luma(images)).std(axis=(1, 2))))
 
 
 def colour_moments(images: Images) -> dict[str, Array]:
     """``mean`` and ``std`` of each colour over all pixels, each ``(3,)`` in [0, 1]."""
-    pixels = _unit(images).reshape(-1, 3)
+    pixels = unit(images).reshape(-1, 3)
     return {"mean": pixels.mean(axis=0), "std": pixels.std(axis=0)}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flux2pixel import bases
+from flux2pixel.evaluate import features
 from flux2pixel.evaluate.fidelity import measure
 from flux2pixel.evaluate.geneval.verdict import judge
 from flux2pixel.evaluate.suite import Sample, read_rgb
@@ -62,11 +63,31 @@ class Truth:
     def _reference(self) -> np.ndarray:
         return renders(self._posed, self._count, FIRST_REFERENCE)
 
-    def measure(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Fidelity of the samples' images."""
-        return measure(np.stack([read_rgb(sample) for sample in samples]), self._reference)
+    @cached_property
+    def _basis(self) -> np.ndarray:
+        return features.patch_basis(self._reference)
+
+    @cached_property
+    def _features(self) -> np.ndarray:
+        return features.patch_features(self._reference, self._basis)
+
+    def _measure(self, images: np.ndarray) -> dict[str, float]:
+        ours = features.patch_features(images, self._basis)
+        return measure(images, self._reference) | features.distances(ours, self._features)
+
+    def measure(self, samples: Sequence[Sample], pairs: Sequence[Sample] = ()) -> dict[str, float]:
+        """Fidelity of the samples; with ``pairs``, another model's for the same prompts and seeds, the PSNR too."""
+        images = _pixels(samples)
+        found = self._measure(images)
+        return found | ({"psnr_to_first": features.psnr(images, _pixels(pairs))} if pairs else {})
 
     def ceilings(self, base: str) -> dict[str, dict[str, float]]:
-        """Fidelity of other true renders, and of the base VAE's reconstruction of them."""
+        """Fidelity of other true renders, and of the base VAE's reconstruction of them with its PSNR."""
         real = renders(self._posed, self._count, FIRST_CEILING)
-        return {"real": measure(real, self._reference), "vae": measure(through_vae(base, real), self._reference)}
+        rebuilt = through_vae(base, real)
+        vae = self._measure(rebuilt) | {"psnr_reconstruction": features.psnr(rebuilt, real)}
+        return {"real": self._measure(real), "vae": vae}
+
+
+def _pixels(samples: Sequence[Sample]) -> np.ndarray:
+    return np.stack([read_rgb(sample) for sample in samples])

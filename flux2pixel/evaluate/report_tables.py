@@ -25,7 +25,13 @@ MEASURES: dict[str, tuple[str, float | None]] = {
     "grain": ("Grain (as true renders)", None),
     "colour_mean_error": ("Colour mean error", 0.0),
     "colour_std_error": ("Colour spread error", 0.0),
+    "fid": ("FID, patch features", 0.0),
+    "kid": ("KID, patch features", 0.0),
+    "precision": ("Precision (in the true set’s manifold)", 1.0),
+    "recall": ("Recall (of the true set)", 1.0),
 }
+
+LEFT = {"psnr_to_first": "PSNR to the first model (dB)", "psnr_reconstruction": "PSNR of the reconstruction (dB)"}
 
 
 def get(tree: Any, *keys: str) -> Any:
@@ -137,13 +143,13 @@ def _paired(report: Report, name: str, key: str, top: float | None) -> str:
 def _fidelity_rows(report: Report, names: list[str]) -> list[str]:
     vae, real = (get(report, "fidelity_ceiling", key) or {} for key in ("vae", "real"))
     values = {name: get(report, "models", name, "fidelity") or {} for name in names}
-    known = list(dict.fromkeys(key for name in names for key in values[name]))
+    known = list(dict.fromkeys(key for name in names for key in (*values[name], *(vae if values[name] else ()))))
     if not known:
         return []
     rows = [f'<tr class="group"><th colspan="{len(names) + 3}">Fidelity to true images</th></tr>']
     for key in [key for key in MEASURES if key in known] + [key for key in known if key not in MEASURES]:
         row = [values[name].get(key) for name in names]
-        label, goal = MEASURES.get(key, (key.replace("_", " "), None))
+        label, goal = MEASURES.get(key, (LEFT.get(key, key.replace("_", " ")), None))
         target = finite(real.get(key)) if goal is None else goal
         best = closest(row, target) if key in MEASURES else []
         ceilings = [number(vae.get(key)), number(real.get(key))]

@@ -30,11 +30,13 @@ from flux2pixel.evaluate.report import Gallery, write_report
 from flux2pixel.evaluate.report_tables import KEYS
 from flux2pixel.evaluate.run_suite import Outcome, Task
 from flux2pixel.evaluate.suite import Sample
-from flux2pixel.evaluate.suites import MINIATURE, open_suites
+from flux2pixel.evaluate.suites import MINIATURE, NO_TRUTH, open_suites
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, as_dict
+
+MEASURED = 2  # version of the fidelity measures: what was kept of another is computed again
 
 
 def evaluate(
@@ -67,6 +69,8 @@ def evaluate(
         for suite in suites
     ]
     if processes.first:
+        if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE:
+            say(f"eval: fidelity is left out: {NO_TRUTH}")
         say("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
     for one in candidates:
         _work(one, [task for task in tasks if task.candidate is one], recipe, processes, texts)
@@ -174,12 +178,25 @@ def _compare_with_renders(
         return
     truth = reference.Truth(posed, count)
     vae = digests.of_model(bases.resolve(recipe.base), ["vae"])
-    report["fidelity_ceiling"] = memo.of({"ceilings": what, "vae": vae}, lambda: truth.ceilings(recipe.base))
+    report["fidelity_ceiling"] = memo.of(
+        {"ceilings": what, "vae": vae, "measures": MEASURED}, lambda: truth.ceilings(recipe.base)
+    )
+    chosen = {outcome.candidate.name: _spread(outcome, count) for outcome in outcomes}
+    first = outcomes[0]
     for outcome in outcomes:
-        # The first image of every prompt, then the second ones: any number of them is spread over all prompts.
-        samples = sorted(outcome.samples, key=lambda sample: sample.index)[:count]
-        inputs = {"fidelity": what, "images": [digests.of_file(sample.path) for sample in samples]}
-        report["models"][outcome.candidate.name]["fidelity"] = memo.of(inputs, partial(truth.measure, samples))
+        samples = chosen[outcome.candidate.name]
+        pairs = chosen[first.candidate.name]
+        same = [(s.prompt.id, s.index) for s in samples] == [(s.prompt.id, s.index) for s in pairs]
+        if outcome is first or not same or outcome.candidate.open is None:
+            pairs = []
+        shown = [[digests.of_file(sample.path) for sample in some] for some in (samples, pairs)]
+        inputs = {"fidelity": what, "images": shown, "measures": MEASURED}
+        report["models"][outcome.candidate.name]["fidelity"] = memo.of(inputs, partial(truth.measure, samples, pairs))
+
+
+def _spread(outcome: Outcome, count: int) -> list[Sample]:
+    """The first image of every prompt, then the second ones: any number of them is spread over all prompts."""
+    return sorted(outcome.samples, key=lambda sample: sample.index)[:count]
 
 
 def _shots(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, list[Sample]]]:

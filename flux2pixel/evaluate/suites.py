@@ -21,6 +21,7 @@ from flux2pixel.evaluate.suite import Prompt, Scorer
 from flux2pixel.recipe import Recipe
 
 MINIATURE = "klein-tiny"
+NO_TRUTH = "true images to compare with are at hand for the miniature alone"
 SIDE = 1024  # of an image where recipe and suite say nothing
 
 
@@ -108,6 +109,8 @@ def open_suites(recipe: Recipe, digests: Digests, memo: Memo, device: str) -> li
 
     Loads no network. Raises UsageError, with what to fetch, if a suite's weights or data are not there.
     """
+    if recipe.eval.suite == ("fidelity",) and recipe.base != MINIATURE:
+        raise UsageError(f"--suite fidelity: {NO_TRUTH}")
     wanted = [name for name in recipe.eval.suite if name != "fidelity"] or ["geneval"]
     scored = set(recipe.eval.suite)
     known = _Known(recipe, digests, memo, device)
@@ -118,7 +121,8 @@ def open_suites(recipe: Recipe, digests: Digests, memo: Memo, device: str) -> li
                 _miniature(recipe, name in scored) if recipe.base == MINIATURE else known.geneval(name in scored)
             )
         else:
-            found.append(known.dpg_bench() if name == "dpg-bench" else known.hpsv3())
+            dpg_bench = partial(_miniature_dpg, recipe) if recipe.base == MINIATURE else known.dpg_bench
+            found.append(dpg_bench() if name == "dpg-bench" else known.hpsv3())
     return found
 
 
@@ -147,6 +151,17 @@ def _miniature(recipe: Recipe, scored: bool) -> Suite:
     load = partial(judge.geneval, SAMPLES) if scored else None
     return Suite(
         "geneval", scorer.prompts, asked, recipe.eval.samples, _side(recipe), load, scorer.provenance, lambda _: scorer
+    )
+
+
+def _miniature_dpg(recipe: Recipe) -> Suite:
+    """DPG-Bench over questions of the miniature's own prompts, answered by its detector."""
+    from flux2pixel.miniature.questions import dpg_bench
+
+    scorer = dpg_bench()
+    asked, samples = _asked(scorer.prompts, recipe.eval.prompts), recipe.eval.samples
+    return Suite(
+        "dpg-bench", scorer.prompts, asked, samples, _side(recipe), dpg_bench, scorer.provenance, lambda _: scorer
     )
 
 
