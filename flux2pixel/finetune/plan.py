@@ -40,13 +40,12 @@ class Parameters:
 class Memory:
     """Bytes of one process. ``kept``: by kind, between steps; ``gathered``: full copies of sharded units.
 
-    ``added``: by bucket (height, width), the most a forward and backward adds (without, with checkpointing);
-    ``update``: the most the optimizer's step adds.
+    ``added``: by bucket (height, width), the most a forward and backward adds (without, with checkpointing). The
+    optimizer's step adds nothing: both kinds work in place.
     """
 
     kept: dict[str, int]
     gathered: int
-    update: int
     added: dict[Size, tuple[int, int]]
     accumulates: bool
 
@@ -55,7 +54,7 @@ class Memory:
         # Unless they are summed over several forwards, gradients are made while activations go; ``added`` has both.
         made = 0 if self.accumulates else self.kept["gradients"]
         step = max(pair[checkpointing] for pair in self.added.values()) + self.gathered - made
-        return sum(self.kept.values()) + max(step, self.update)
+        return sum(self.kept.values()) + max(step, 0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def plan(recipe: Recipe, run: Path, gpus: int = 1, images_per_second: float | No
     parameters = count_parameters(built)
     text_tokens = _text_tokens(base)
     accumulates = settings.batch > unit * world
-    kept, gathered, update = _standing(built, world, accumulates)
+    kept, gathered = _standing(built, world, accumulates)
     sizes = _sizes(recipe, run, base.patch_size)
     share = 0.0 if accumulates else settings.replicas / world
     added = _added(footprint.Step(built, gathered=world > 1), sizes, unit, share, text_tokens)
@@ -155,7 +154,7 @@ def plan(recipe: Recipe, run: Path, gpus: int = 1, images_per_second: float | No
     source = "given"
     if images_per_second is None:
         images_per_second, source = _measured(run), "measured, from the log of this run"
-    memory = Memory(kept, gathered, update, added, accumulates)
+    memory = Memory(kept, gathered, added, accumulates)
     return Plan(recipe, world, unit, parameters, memory, disk, images, images_per_second, source, notes)
 
 
@@ -178,8 +177,8 @@ def count_parameters(built: footprint.Network) -> Parameters:
     return Parameters(trained, built.frozen, built.total)
 
 
-def _standing(built: footprint.Network, world: int, accumulates: bool) -> tuple[dict[str, int], int, int]:
-    """Bytes kept between steps by kind, gathered units, and what the optimizer's step adds, of one process."""
+def _standing(built: footprint.Network, world: int, accumulates: bool) -> tuple[dict[str, int], int]:
+    """Bytes kept between steps by kind, and of gathered units, of one process."""
     settings, shards = built.settings, world // built.settings.replicas
     parameters = list(built.network.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -198,10 +197,8 @@ def _standing(built: footprint.Network, world: int, accumulates: bool) -> tuple[
     kept = {name: -(-size // shards) for name, size in kinds.items()}
     if accumulates and shards > 1:
         kept["gradients, unsharded"] = 4 * trained  # summed over the forwards before they are reduced
-    # AdamW on GPUs works on all parameters at once, with one list of temporaries.
-    update = 0 if eight_bit else -(-4 * trained // shards)
     gathered = _gathered(built, 2 if settings.precision == "bf16" else 4) if world > 1 else 0
-    return kept, gathered, update
+    return kept, gathered
 
 
 def _gathered(built: footprint.Network, width: int) -> int:
