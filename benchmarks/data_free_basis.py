@@ -6,6 +6,10 @@ On the miniature's scenes, on 32 x 32 crops of scikit-learn's two photographs at
 residual ||X - sAZ||^2/||X||^2 over that of Procrustes on the same pairs (scale from the images), captured energy, the
 largest principal angle to Procrustes' basis on the scenes, and the zero-shot error of the converted miniature,
 ||x0_hat - x0||^2/||x0||^2 averaged over noise levels, over that of the Procrustes conversion. One seed throughout.
+
+Measured: the default reaches 1.37 times procrustes' residual on the scenes, 1.12 on the crops, 2.33 on the whole
+photographs (procrustes fitted on the scenes: 1, 1.24, 2.77) and 1.20 times its zero-shot error; the exact decoder
+Jacobian 3.0 to 3.4, 2.8 to 3.4 and 2.6 to 2.9, zero-shot 1.9 to 2.1; random 6.8, 9.4 and 11.0, zero-shot 4.4.
 """
 
 from __future__ import annotations
