@@ -118,8 +118,7 @@ def make_optimizer(network: nn.Module, groups: Sequence[Group], settings: Finetu
             return bitsandbytes.optim.AdamW8bit(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         except (ImportError, RuntimeError) as error:
             say(f"finetune: 8-bit AdamW does not work here ({error}); AdamW in float32 is used instead")
-    # Fused: one pass over each parameter and its two moments, on GPUs and CPUs alike.
-    return torch.optim.AdamW(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
