@@ -156,7 +156,7 @@ class Sample:
     guidance: float = _option(3.0, "classifier-free guidance scale; 1 = none", low=0)
     shift: float = _option(1.0, "shift of the noise levels; 1 = none, more = noisier", above=0)
     solver: str = _option("euler", "euler | heun | unipc", choices=("euler", "heun", "unipc"))
-    orthogonal: bool = _option(True, "remove the component of guidance parallel to x0_hat")
+    orthogonal: bool = _option(False, "remove the component of guidance parallel to x0_hat")
     gamut_clamp: bool = _option(True, "clamp every x0_hat to colours a screen can show")
 
 
