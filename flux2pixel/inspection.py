@@ -86,6 +86,13 @@ def inspect(file: Path) -> str:
     return _inspect_folder(file) if file.is_dir() else _inspect_file(file)
 
 
+def equals_its_base(folder: Path) -> bool:
+    """Whether a pixel model was converted and nothing more: neither finetuned nor given an adapter."""
+    record = folder / "conversion.json"
+    trained = (folder / "finetune.json").is_file()
+    return not trained and record.is_file() and "adapter_sha256" not in json.loads(record.read_text())
+
+
 def _inspect_file(path: Path) -> str:
     if path.suffix in (".pth", ".pt"):
         return _inspect_reference(path)

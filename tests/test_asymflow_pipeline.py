@@ -17,11 +17,13 @@ from peft import LoraConfig
 
 import flux2pixel
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.pipeline import generate, open_model
 from flux2pixel.asymflow.tokens import patchify
 from flux2pixel.asymflow_pipeline import AsymFlowPipeline, klein_mu, pack_basis, unpack_basis
 from flux2pixel.bases import resolve
 from flux2pixel.convert.folder import tune_pipeline
 from flux2pixel.convert.stage import convert
+from flux2pixel.errors import UsageError
 from flux2pixel.recipe import Sample, load
 from flux2pixel.subspace.estimators import polar
 from flux2pixel.subspace.file import write_subspace
@@ -231,6 +233,22 @@ def test_the_basis_survives_any_cast(folder):
     basis = torch.randn(12, 5)
     assert torch.equal(unpack_basis(pack_basis(basis), 12), basis)
     assert isinstance(half.flow, AsymFlow) and "basis" not in repr(half)
+
+
+def test_generate_draws_any_size_of_whole_tokens(folder, tmp_path):
+    recipe = load(None, ["sample.steps=1"])
+    path = generate(recipe, tmp_path, PROMPT, folder, tmp_path / "a.png", (24, 48))
+    assert PIL.Image.open(path).size == (48, 24)
+    with pytest.raises(UsageError, match="multiples of 8"):
+        generate(recipe, tmp_path, PROMPT, folder, tmp_path / "b.png", (24, 50))
+
+
+def test_a_model_is_matched_to_its_base_by_its_record_not_its_name(folder, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "anything")
+    recipe = load(None, [])
+    assert open_model(moved, recipe, tmp_path).matched
+    (moved / "finetune.json").write_text("{}")
+    assert not open_model(moved, recipe, tmp_path).matched
 
 
 # What diffusers gives to the stock transformer --------------------------------------------------------------------

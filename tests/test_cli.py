@@ -108,7 +108,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         ["convert", "--subspace", subspace, "--out", out, "--link"],
         ["finetune", "--model", tmp_path, "--steps", "4"],
         ["eval", "--model", tmp_path, "--model", f"b={tmp_path}", "--steps", "4"],
-        ["generate", "a photo of a red circle", "--model", tmp_path, "--steps", "4"],
+        ["generate", "a photo of a red circle", "--model", tmp_path, "--steps", "4", "--height", "64"],
     ]:
         result = invoke(*words, *common)
         assert result.exit_code == 0, result.output
@@ -117,7 +117,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         (subspace, out, Extras(link=True)),
         (tmp_path, None),
         ([str(tmp_path), f"b={tmp_path}"], None, ()),
-        ("a photo of a red circle", tmp_path, None),
+        ("a photo of a red circle", tmp_path, None, (64, None)),
     ]
     recipes = [given[0] for _, given in stages]
     assert (recipes[0].fit_subspace.source, recipes[0].fit_subspace.rank) == (str(tmp_path), 3)

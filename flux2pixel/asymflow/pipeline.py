@@ -20,6 +20,7 @@ from flux2pixel.asymflow import color, sampler, schedule, tokens
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base, Conditioning
 from flux2pixel.errors import UsageError
+from flux2pixel.inspection import equals_its_base
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, Sample
 
@@ -153,8 +154,19 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def generate(recipe: Recipe, run: Path, prompt: str, model: Path | None = None, out: Path | None = None) -> Path:
-    """Make one image of ``prompt`` with the newest model of the run (finetuned, else converted, else the base)."""
+def generate(
+    recipe: Recipe,
+    run: Path,
+    prompt: str,
+    model: Path | None = None,
+    out: Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
+) -> Path:
+    """Make one image of ``prompt`` with the newest model of the run (finetuned, else converted, else the base).
+
+    ``size`` is (height, width), pixels; 1024 a side, 32 for the miniature, where None. Raises UsageError if it is not
+    a whole number of tokens.
+    """
     from PIL import Image
 
     torch.set_num_threads(recipe.threads)
@@ -165,9 +177,12 @@ def generate(recipe: Recipe, run: Path, prompt: str, model: Path | None = None, 
     side = 32 if recipe.base == "klein-tiny" else 1024
     system = open_model(model, recipe, run)
     patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
+    height, width = (length or side for length in size)
+    if height % patch or width % patch:
+        raise UsageError(f"--height {height} --width {width}: must be multiples of {patch}, the side of a token")
     text, empty = system.text([prompt]), system.text([""])
-    noise = seeded_noise([(recipe.seed, 0)], (side // patch) ** 2, 3 * patch * patch)
-    image = to_bytes(system(text, empty, noise, (side, side)))[0]
+    noise = seeded_noise([(recipe.seed, 0)], (height // patch) * (width // patch), 3 * patch * patch)
+    image = to_bytes(system(text, empty, noise, (height, width)))[0]
     path = out or run / "generated.png"
     files.write(path, lambda temporary: Image.fromarray(image).save(temporary, format="png"))
     say(f"wrote {path}")
@@ -177,7 +192,7 @@ def generate(recipe: Recipe, run: Path, prompt: str, model: Path | None = None, 
 def open_model(folder: Path, recipe: Recipe, run: Path) -> LatentModel | PixelModel:
     """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis)."""
     if (folder / "asymflow.json").is_file():
-        return load_pixel_model(folder, recipe.sample, matched=folder.name == "converted")
+        return load_pixel_model(folder, recipe.sample, matched=equals_its_base(folder))
     from flux2pixel.subspace.file import read_subspace
 
     base = bases.open_base(folder)

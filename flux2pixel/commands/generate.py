@@ -29,6 +29,8 @@ def generate_command(
     base: Base = None,
     model: Annotated[Path | None, typer.Option(help="Model folder. Default: the last one of the run.")] = None,
     out: Out = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: 1024; 32 for the miniature.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: 1024; 32 for the miniature.")] = None,
     steps: SampleSteps = None,
     seed: Seed = None,
     dry_run: DryRun = False,
@@ -42,4 +44,4 @@ def generate_command(
         if job.start([model or job.run / latest], [out] if out else [], dry_run):
             from flux2pixel.asymflow.pipeline import generate
 
-            generate(job.recipe, job.run, prompt, model, out)
+            generate(job.recipe, job.run, prompt, model, out, (height, width))

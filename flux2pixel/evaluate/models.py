@@ -22,6 +22,7 @@ from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.generate import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.inspection import equals_its_base
 from flux2pixel.recipe import Recipe, as_dict
 
 
@@ -69,7 +70,7 @@ def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Tex
         digest = _join(digest, digests.of_model(lora) if lora.is_dir() else digests.of_file(lora))
     settings = {"kind": kind, "sample": as_dict(recipe)["sample"], "noise": "numpy" if kind != "stock" else "torch"}
     if kind == "pixel":
-        settings["matched"] = folder.name == "converted"
+        settings["matched"] = equals_its_base(folder)
 
     def load() -> Drawer:
         if kind == "stock":
