@@ -49,10 +49,10 @@ def score(folder: Path, run: Path, posed: list[dict], truth: np.ndarray, setting
     recipe = recipes.load(None, [f"seed={given}", *(f"sample.{k}={str(v).lower()}" for k, v in settings.items())])
     model = open_model(folder, recipe, run)
     text, empty = model.text([m["prompt"] for m in posed]), model.text([""])
-    images, width = [], 3 * model.base.patch_size**2
-    count = (world.SIZE // model.base.patch_size) ** 2
+    latent = bases.open_base("klein-tiny")
+    images, count = [], (world.SIZE // latent.patch_size) ** 2
     for sample in range(SAMPLES):
-        noise = seeded_noise([(FIRST_PROMPT + p, sample) for p in range(len(posed))], count, width)
+        noise = seeded_noise([(FIRST_PROMPT + p, sample) for p in range(len(posed))], count, latent.token_width)
         every = take(empty, torch.zeros(len(posed), dtype=torch.long))
         images.append(to_bytes(model(text, every, noise, (world.SIZE, world.SIZE))))
     right: dict[str, list[bool]] = {}
