@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from safetensors.torch import load_file, save_file
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.flux2 import Flux2
-from flux2pixel.convert.fold import exactness, fold
+from flux2pixel.convert.fold import Float64Throughout, exactness, fold
 from flux2pixel.convert.stage import convert
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.recipe import load
@@ -51,6 +52,31 @@ def test_coupled_sampling_agrees_to_rounding(scale, grid):
         return call
 
     assert exactness(network(latent), network(pixel), flow, noise, steps=40) < 1e-11
+
+
+def test_the_stock_rotary_embedding_keeps_float64():
+    """It rounds to float32, which made the exact test jump from 1e-14 to 1e-9 wherever that flips a last bit."""
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angle = torch.linspace(0, 1, 20, dtype=torch.float64).reshape(5, 4).repeat_interleave(2, 1)
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, ::2]).flatten(-2)
+
+    def error():
+        return (apply_rotary_emb(x, (angle.cos(), angle.sin())) - turned).abs().max()
+
+    assert error() > 1e-9
+    with Float64Throughout():
+        assert error() < 1e-14
+
+
+def test_float64_throughout_touches_float64_alone():
+    double, half = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float16)
+    with Float64Throughout():
+        casts = [double.float(), double.to(torch.float32), double.to("cpu", torch.float32)]
+        assert {t.dtype for t in [*casts, double.to(dtype=torch.float32)]} == {torch.float64}
+        assert double.to(torch.float16).dtype == torch.float16
+        assert half.float().dtype == half.to(torch.float32).dtype == torch.float32
+    assert double.float().dtype == torch.float32
 
 
 def test_the_exactness_test_can_fail():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.method import AsymFlow
@@ -87,6 +89,24 @@ def _check_rank(width: int, basis: Tensor) -> None:
         )
 
 
+class Float64Throughout(TorchFunctionMode):
+    """While active, float64 tensors stay float64 where a network would cast them to float32.
+
+    Stock classes do so in rotary embeddings, time embeddings and norms, to be safe in half precision. In float64 it
+    turns a difference in the last bit into one of 1e-8 wherever a value lies next to a rounding boundary of float32,
+    so that the exact test would measure luck.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.float, Tensor.to) and args[0].dtype == torch.float64:
+            args = tuple(arg for arg in args if arg is not torch.float32)
+            kwargs = {name: value for name, value in kwargs.items() if value is not torch.float32}
+            if func is Tensor.float or not (args[1:] or kwargs):
+                return args[0]
+        return func(*args, **kwargs)
+
+
 @torch.no_grad()
 def exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
     """Sample both models from coupled noise on matched grids; return the largest absolute error of the identities.
@@ -94,6 +114,11 @@ def exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, st
     ``latent(z, tau)`` and ``pixel(x, tau)`` are the two networks on tokens; ``noise`` is eps, (B, N, D) float64. After
     every Euler step A^T x = z / k and (I - P) x = sigma (I - P) eps must hold (AsymFlow's acceptance test).
     """
+    with Float64Throughout():
+        return _exactness(latent, pixel, flow, noise, steps)
+
+
+def _exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
     basis, scale = flow.basis.to(noise.dtype), flow.scale.to(noise.dtype)
     taus = schedule.grid(steps, dtype=noise.dtype)
     sigmas = flow.sigma_of(taus)
