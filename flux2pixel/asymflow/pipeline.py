@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2pixel import bases, files
+from flux2pixel import bases, device, files
 from flux2pixel.asymflow import color, sampler, schedule, tokens
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base, Conditioning
@@ -24,9 +24,14 @@ from flux2pixel.inspection import equals_its_base
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, Sample
 
+CPU = torch.device("cpu")
+
 
 class Model(Protocol):
-    """What generates: conditionings x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1]."""
+    """What generates: conditionings x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1].
+
+    The inputs may lie on any device; the images are on the model's.
+    """
 
     folder: Path
 
@@ -52,6 +57,14 @@ def _branches(
     return conditional.float(), None if unconditional is None else unconditional.float()
 
 
+def _placed(
+    place: torch.device, text: Conditioning, empty: Conditioning, noise: Tensor
+) -> tuple[Conditioning, Conditioning, Tensor]:
+    """What a model is called with, on its device."""
+    text, empty = ({name: value.to(place) for name, value in cond.items()} for cond in (text, empty))
+    return text, empty, noise.to(place)
+
+
 @dataclass
 class LatentModel:
     """The base, sampled with plain guidance by Euler, or any solver, on its own time grid."""
@@ -70,13 +83,14 @@ class LatentModel:
     @torch.no_grad()
     def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
         grid = (size[0] // self.base.patch_size, size[1] // self.base.patch_size)
+        text, empty, noise = _placed(self.base.device, text, empty, noise)
 
         def predict(z: Tensor, tau: Tensor) -> Tensor:
             scale = self.settings.guidance
             v, away = _branches(self.base, self.base.transformer, tau, z, text, empty, scale, grid)
             return z - tau * (v if away is None else self.base.guide(v, away, scale))
 
-        taus = schedule.grid(self.settings.steps, self.settings.shift)
+        taus = schedule.grid(self.settings.steps, self.settings.shift).to(noise.device)
         z = sampler.sample(predict, noise @ self.flow.basis, taus, solver=self.settings.solver)
         return self.base.decode(z, *size).clamp(0, 1)
 
@@ -106,6 +120,7 @@ class PixelModel:
     @torch.no_grad()
     def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
         grid = (size[0] // self.patch, size[1] // self.patch)
+        text, empty, noise = _placed(self.base.device, text, empty, noise)
         orthogonal = self.settings.orthogonal and not self.matched
         scale = self.settings.guidance
 
@@ -120,22 +135,23 @@ class PixelModel:
         def clamp(x0: Tensor) -> Tensor:
             return tokens.patchify(color.clamp_to_gamut(tokens.unpatchify(x0, self.patch, *size)), self.patch)
 
-        sigmas = self.flow.sigma_of(schedule.grid(self.settings.steps, self.settings.shift))
+        sigmas = self.flow.sigma_of(schedule.grid(self.settings.steps, self.settings.shift).to(noise.device))
         use_clamp = self.settings.gamut_clamp and not self.matched
         x = sampler.sample(predict, noise, sigmas, solver=self.settings.solver, clamp=clamp if use_clamp else None)
         return color.decode(tokens.unpatchify(x, self.patch, *size))
 
 
-def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False) -> PixelModel:
-    """Load a converted or finetuned folder. Raises UsageError or Flux2PixelError naming what is wrong with it."""
+def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False, place: torch.device = CPU) -> PixelModel:
+    """Load a converted or finetuned folder on a device; UsageError or Flux2PixelError naming what is wrong with it."""
     if not (folder / "asymflow.json").is_file():
         raise UsageError(f"--model {folder}: no asymflow.json in it; run convert, or name a converted folder")
     use = json.loads((folder / "asymflow.json").read_text())
     stored, _ = files.read_tensors(folder / "asymflow.safetensors")
     flow = AsymFlow(stored["basis"], stored["scale"], sigma_min=use["sigma_min"])
     base = bases.open_base(folder)
+    base.device = place
     _note_guidance(base, settings)
-    return PixelModel(base, base.transformer, flow, use["patch_size"], settings, matched)
+    return PixelModel(base, base.transformer, flow.to(place), use["patch_size"], settings, matched)
 
 
 def _note_guidance(base: Base, settings: Sample) -> None:
@@ -151,7 +167,7 @@ def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def generate(
@@ -173,9 +189,10 @@ def generate(
     if model is None:
         found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
         model = found[0] if found else bases.resolve(recipe.base)
-    say(f"generate: model {model}")
+    place = device.choose()
+    say(f"generate: model {model} on {device.describe(place)}")
     side = 32 if recipe.base == "klein-tiny" else 1024
-    system = open_model(model, recipe, run)
+    system = open_model(model, recipe, run, place)
     patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
     height, width = (length or side for length in size)
     if height % patch or width % patch:
@@ -189,15 +206,19 @@ def generate(
     return path
 
 
-def open_model(folder: Path, recipe: Recipe, run: Path) -> LatentModel | PixelModel:
-    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis)."""
+def open_model(folder: Path, recipe: Recipe, run: Path, place: torch.device = CPU) -> LatentModel | PixelModel:
+    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis).
+
+    ``place`` is the device that its parts are loaded to, each when first used.
+    """
     if (folder / "asymflow.json").is_file():
-        return load_pixel_model(folder, recipe.sample, matched=equals_its_base(folder))
+        return load_pixel_model(folder, recipe.sample, matched=equals_its_base(folder), place=place)
     from flux2pixel.subspace.file import read_subspace
 
     base = bases.open_base(folder)
+    base.device = place
     subspace = run / "subspace.safetensors"
     if not subspace.is_file():
         raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")
     _note_guidance(base, recipe.sample)
-    return LatentModel(base, read_subspace(subspace)[0], recipe.sample)
+    return LatentModel(base, read_subspace(subspace)[0].to(place), recipe.sample)

@@ -41,7 +41,7 @@ def unipc(predict: Predict, x: Tensor, sigmas: Tensor) -> Tensor:
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, flow_shift=1.0
     )
-    scheduler.set_timesteps(sigmas=sigmas[:-1].double().numpy())
+    scheduler.set_timesteps(sigmas=sigmas[:-1].double().cpu().numpy())
     for sigma, step in zip(sigmas[:-1], scheduler.timesteps, strict=True):
         velocity = (x - predict(x, sigma)) / sigma
         x = scheduler.step(velocity, step, x, return_dict=False)[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel import bases
+from flux2pixel import bases, device
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.generate import Drawer, Key, Size
@@ -107,24 +107,13 @@ def _encoder(folder: Path, digests: Digests) -> str:
     return digests.of_model(folder, parts or ["."])
 
 
-def device() -> Any:
-    """The accelerator of this process, or the CPU."""
-    import os
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 class FlowDrawer:
     """A pixel model, or the latent base of the run, from seeded pixel noise; every distinct prompt is encoded once."""
 
     def __init__(self, folder: Path, recipe: Recipe, run: Path, texts: Texts, encoder: str, lora: Path | None):
         from flux2pixel.asymflow.pipeline import PixelModel, open_model
 
-        self._model = open_model(folder, recipe, run)
+        self._model = open_model(folder, recipe, run, device.choose())
         self._texts, self._encoder = texts, encoder
         pixel = isinstance(self._model, PixelModel)
         self._patch = self._model.patch if isinstance(self._model, PixelModel) else self._model.base.patch_size
@@ -159,7 +148,7 @@ class StockDrawer:
         from flux2pixel.progress import hush
 
         hush()
-        place = device()
+        place = device.choose()
         kind = torch.float32 if place.type == "cpu" else torch.bfloat16
         try:
             self._pipeline = DiffusionPipeline.from_pretrained(folder, dtype=kind)

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from flux2pixel import bases, files
+from flux2pixel import bases, device, files
 from flux2pixel.errors import UsageError
 from flux2pixel.evaluate import reference, results
 from flux2pixel.evaluate.claims import claims
 from flux2pixel.evaluate.comparable import comparable
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.models import Candidate, candidate, device, named
+from flux2pixel.evaluate.models import Candidate, candidate, named
 from flux2pixel.evaluate.pictures import basis_vectors
 from flux2pixel.evaluate.processes import Processes, current
 from flux2pixel.evaluate.report import Gallery, write_report
@@ -56,12 +56,13 @@ def evaluate(
     torch.set_num_threads(recipe.threads)
     processes = current()
     home = run / "eval"
+    place = device.choose()
     digests, texts, memo = (
         Digests(home / "digests.json"),
         Texts(),
         Memo(home / "scores" / f"sets.{processes.rank}.json"),
     )
-    suites = open_suites(recipe, digests, memo, str(device()))
+    suites = open_suites(recipe, digests, memo, str(place))
     candidates = _candidates(recipe, run, models, images, digests, texts)
     tasks = [
         Task(c, suite, recipe.seed, home, digests, processes.rank, recipe.eval.size > 0)
@@ -72,6 +73,7 @@ def evaluate(
         if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE:
             say(f"eval: fidelity is left out: {NO_TRUTH}")
         say("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
+        say(f"eval: draws and scores on {device.describe(place)}")
     for one in candidates:
         _work(one, [task for task in tasks if task.candidate is one], recipe, processes, texts)
     digests.save()

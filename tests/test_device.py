@@ -1,0 +1,73 @@
+"""Drawing on a GPU, without one: fake tensors that claim to be on it refuse to meet any left on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flux2pixel import device
+from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.pipeline import LatentModel, PixelModel, open_model, seeded_noise
+from flux2pixel.bases import open_base, resolve
+from flux2pixel.recipe import load
+from flux2pixel.subspace.file import write_subspace
+
+CUDA = torch.device("cuda", 0)
+
+
+def moved(network: nn.Module) -> nn.Module:
+    """Its tensors on CUDA; under FakeTensorMode."""
+    for module in network.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(value.shape, device=CUDA), requires_grad=False)
+        for name, value in list(module._buffers.items()):
+            if value is not None:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+    return network
+
+
+def on_gpu(solver: str, pixel: bool) -> torch.Tensor:
+    base = open_base(resolve("klein-tiny"))
+    settings = load(None, ["sample.steps=3", f"sample.solver={solver}"]).sample
+    text, empty, noise = base.text(["a red circle"]), base.text([""]), seeded_noise([(0, 0)], 16, base.token_width)
+    network = base.transformer
+    if pixel:
+        network = base.network_class().from_config(base.pixel_config(dict(network.config)))
+    flow = AsymFlow(torch.eye(base.token_width)[:, : base.latent_width], 0.5)
+    vae, base.device = base.vae, CUDA
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flow.basis, flow.scale = (torch.empty(value.shape, device=CUDA) for value in (flow.basis, flow.scale))
+        for part in (network, vae):
+            moved(part)
+        model = (
+            PixelModel(base, network, flow, base.patch_size, settings) if pixel else LatentModel(base, flow, settings)
+        )
+        return model(text, empty, noise, (32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type", "ignore:CUDA is not available")
+@pytest.mark.parametrize("pixel", [False, True], ids=["base", "pixel"])
+def test_a_model_draws_where_its_weights_are(pixel: bool) -> None:
+    drawn = on_gpu("euler", pixel)
+    assert drawn.device == CUDA and drawn.shape == (1, 3, 32, 32)
+
+
+def test_a_base_and_a_pixel_model_load_to_the_device_asked_for(tmp_path: Path) -> None:
+    """meta stands for the GPU: whatever is loaded goes there."""
+    write_subspace(tmp_path / "subspace.safetensors", torch.eye(192)[:, :48], torch.tensor(1.0), {"method": "test"})
+    model = open_model(resolve("klein-tiny"), load(), tmp_path, torch.device("meta"))
+    assert {part.device.type for part in (model.base.transformer, model.base.vae, model.flow.basis)} == {"meta"}
+
+
+def test_the_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.describe(device.choose()) == "the CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "H100")
+    assert device.choose() == CUDA and device.describe(CUDA) == "cuda:0 (H100)"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.choose() == torch.device("cuda", 1)
