@@ -177,6 +177,7 @@ class Eval:
     dpg_judge: str = _option("", "a vision-language model to judge DPG-Bench instead of mPLUG; empty = mPLUG")
     hpsv3_text: str = _option("caption", "text HPSv3 is given: caption | script", choices=("caption", "script"))
     batch: int = _option(120, "images per batch", low=1)
+    reference: str = _option("", "true images for fidelity: a folder, or any image source; empty = the miniature's own")
     fidelity_images: int = _option(480, "images compared with true ones", low=2)
 
 

@@ -96,8 +96,8 @@ def test_what_cannot_be_had_says_where_to_put_it(site, tmp_path):
         assets.get(Source("x.bin", f"{site[1]}/absent"))
     with pytest.raises(Flux2PixelError, match="cannot be reached"):
         assets.get(Source("x.bin", "http://127.0.0.1:9/absent"))
-    with pytest.raises(UsageError, match="known are geneval, dpg-bench, hpsv3"):
-        fetch.fetch(["fidelity"], tmp_path)
+    with pytest.raises(UsageError, match="known are geneval, dpg-bench, hpsv3, fidelity"):
+        fetch.fetch(["psnr"], tmp_path)
 
 
 def test_a_checkpoint_is_converted_once_weights_only(site, tmp_path):

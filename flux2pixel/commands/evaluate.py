@@ -46,6 +46,9 @@ def eval_command(
         ),
     ] = None,
     suite: Suite = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="True images for fidelity: a folder, or any image source.")
+    ] = None,
     out: Out = None,
     steps: SampleSteps = None,
     seed: Seed = None,
@@ -63,7 +66,16 @@ def eval_command(
     with one_line_errors(debug, silent=rank > 0):
         if gpus < 1:
             raise UsageError(f"--gpus {gpus}: must be at least 1")
-        job = resolve(recipe, run, assignments, base=base, eval__suite=suite, sample__steps=steps, seed=seed)
+        job = resolve(
+            recipe,
+            run,
+            assignments,
+            base=base,
+            eval__suite=suite,
+            eval__reference=reference,
+            sample__steps=steps,
+            seed=seed,
+        )
         if fetch:
             _fetch(job.recipe)
             return
@@ -85,8 +97,7 @@ def _fetch(recipe: Recipe) -> None:
     """Get what the suites need into the assets folder."""
     from flux2pixel.evaluate.fetch import default_folder, fetch
 
-    suites = [suite for suite in recipe.eval.suite if suite != "fidelity"]
-    fetch(suites, Path(recipe.eval.assets) if recipe.eval.assets else default_folder())
+    fetch(recipe.eval.suite, Path(recipe.eval.assets) if recipe.eval.assets else default_folder())
 
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:

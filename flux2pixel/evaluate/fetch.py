@@ -20,7 +20,7 @@ from flux2pixel import files
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.progress import bar, say
 
-SUITES = ("geneval", "dpg-bench", "hpsv3")
+SUITES = ("geneval", "dpg-bench", "hpsv3", "fidelity")
 CHUNK = 1 << 20
 HUB = "https://huggingface.co"
 _OPENMMLAB = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
@@ -59,6 +59,16 @@ QUESTIONS = Source(
     git_blob="98457fc9901943f51ff9a30367250fc292533bed",
 )
 MPLUG = tuple(Source(f"mplug/{name}", f"{_MPLUG}/{name}") for name in MPLUG_FILES)
+CLIP_FILE = "geneval/clip.safetensors"  # where it is kept: GenEval's colours and the CLIP score share it
+INCEPTION = Source(
+    "weights-inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    sha256="6726825d",
+)
+ALEXNET = Source(
+    "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"
+)
+INCEPTION_FILE, ALEXNET_FILE = f"fidelity/{INCEPTION.name}", f"fidelity/{ALEXNET.name}"
 HPSV3 = Source("HPSv3.safetensors", f"{HUB}/MizzenAI/HPSv3/resolve/main/HPSv3.safetensors")
 QWEN = tuple(Source(f"qwen2-vl/{name}", f"{_QWEN}/{name}") for name in QWEN_FILES)
 
@@ -160,7 +170,11 @@ def fetch(suites: Sequence[str], folder: Path) -> None:
     assets = Assets(folder)
     if "geneval" in suites:
         assets.make(DETECTOR, "geneval/detector/model.safetensors", made.detector)
-        assets.make(CLIP, "geneval/clip.safetensors", made.clip)
+    if "geneval" in suites or "fidelity" in suites:
+        assets.make(CLIP, CLIP_FILE, made.clip)
+    if "fidelity" in suites:
+        assets.place(INCEPTION, INCEPTION_FILE)
+        assets.place(ALEXNET, ALEXNET_FILE)
     if "dpg-bench" in suites:
         assets.place(QUESTIONS, "dpg-bench/dpg_bench.csv")
         for source in MPLUG[:-1]:

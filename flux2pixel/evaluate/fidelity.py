@@ -1,4 +1,4 @@
-"""Fidelity of small images against true renders: what separates a decoder's blur from texture.
+"""Fidelity of images against true ones without a network: what separates a decoder's blur from texture.
 
 Legend of shapes: n images, H x W pixels, 3 colours (RGB), P patches, D = patch * patch * 3.
 
@@ -81,7 +81,7 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
     return max(0.0, float(distance))
 
 
-def _patch_moments(pixels: Array, patch: int) -> tuple[Array, Array]:
+def patch_moments(pixels: Array, patch: int) -> tuple[Array, Array]:
     """Mean ``(D,)`` and covariance ``(D, D)`` of the patches at a stride of half a patch."""
     if min(pixels.shape[1:3]) < patch:
         raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} hold no {patch}x{patch} patch")
@@ -94,8 +94,8 @@ def _patch_moments(pixels: Array, patch: int) -> tuple[Array, Array]:
 
 
 def _projected_frechet(pixels: Array, reference: Array, patch: int, dims: int) -> float:
-    mean_a, cov_a = _patch_moments(pixels, patch)
-    mean_b, cov_b = _patch_moments(reference, patch)
+    mean_a, cov_a = patch_moments(pixels, patch)
+    mean_b, cov_b = patch_moments(reference, patch)
     basis = np.linalg.eigh(cov_b)[1][:, ::-1][:, :dims]  # (D, dims)
     # Moments of projections are projections of moments: no need to project every patch.
     return frechet_distance(mean_a @ basis, basis.T @ cov_a @ basis, mean_b @ basis, basis.T @ cov_b @ basis)
@@ -116,11 +116,8 @@ def patch_frechet(images: Images, reference: Images, patch: int = 8, dims: int =
     }
 
 
-def blockiness(images: Images, patch: int = 8) -> float:
-    """Mean absolute luma step across the borders of a ``patch`` grid over that between other neighbours.
-
-    1 means no visible grid. After the blocking measure of Wang, Sheikh and Bovik (2002). NaN for constant images.
-    """
+def border_steps(images: Images, patch: int) -> tuple[Array, Array]:
+    """Absolute luma steps between neighbours: across the borders of a ``patch`` grid, and elsewhere; both flat."""
     luma = _luma(images)
     border: list[Array] = []
     inner: list[Array] = []
@@ -129,7 +126,15 @@ def blockiness(images: Images, patch: int = 8) -> float:
         at_border = (np.arange(len(steps)) + 1) % patch == 0
         border.append(steps[at_border].ravel())
         inner.append(steps[~at_border].ravel())
-    across, elsewhere = np.concatenate(border), np.concatenate(inner)
+    return np.concatenate(border), np.concatenate(inner)
+
+
+def blockiness(images: Images, patch: int = 8) -> float:
+    """Mean absolute luma step across the borders of a ``patch`` grid over that between other neighbours.
+
+    1 means no visible grid. After the blocking measure of Wang, Sheikh and Bovik (2002). NaN for constant images.
+    """
+    across, elsewhere = border_steps(images, patch)
     if across.size == 0 or elsewhere.size == 0 or elsewhere.mean() == 0.0:
         return float("nan")
     return float(across.mean() / elsewhere.mean())

@@ -31,10 +31,20 @@ def geneval(assets: Path, device: str, prompts: Sequence[Prompt], batch: int = 8
 
 
 def colors(weights: Path, device: str) -> Any:
-    """CLIP ViT-L/14 with QuickGELU from OpenAI's weights as `fetch` converted them."""
+    """GenEval's colours by CLIP ViT-L/14."""
     import open_clip
 
     from flux2pixel.evaluate.geneval.colors import MODEL, ColorClassifier
+
+    model, metadata = clip_model(weights, device)
+    return ColorClassifier(model, open_clip.get_tokenizer(MODEL), metadata)
+
+
+def clip_model(weights: Path, device: str) -> tuple[Any, dict[str, str]]:
+    """CLIP ViT-L/14 with QuickGELU from OpenAI's weights as `fetch` converted them, frozen, and where they are from."""
+    import open_clip
+
+    from flux2pixel.evaluate.geneval.colors import MODEL
 
     if not weights.is_file():
         raise UsageError(f"{weights}: no CLIP weights there; `flux2pixel eval --suite geneval --fetch` makes them")
@@ -47,8 +57,7 @@ def colors(weights: Path, device: str) -> Any:
     if missing or unmatched.unexpected_keys:
         first = (missing or unmatched.unexpected_keys)[0]
         raise Flux2PixelError(f"{weights}: does not fit {MODEL} ({first}); fetch it again")
-    tokenize = open_clip.get_tokenizer(MODEL)
-    return ColorClassifier(model.to(device).eval().requires_grad_(False), tokenize, dict(metadata))
+    return model.to(device).eval().requires_grad_(False), dict(metadata)
 
 
 def dpg_bench_prompts(assets: Path, texts: Path | None = None) -> tuple[list[Prompt], str]:

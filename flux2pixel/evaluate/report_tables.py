@@ -29,9 +29,20 @@ MEASURES: dict[str, tuple[str, float | None]] = {
     "kid": ("KID, patch features", 0.0),
     "precision": ("Precision (in the true set’s manifold)", 1.0),
     "recall": ("Recall (of the true set)", 1.0),
+    "inception_fid": ("FID", 0.0),
+    "patch_fid": ("Patch-FID, crops", 0.0),
+    "inception_kid": ("KID", 0.0),
+    "inception_precision": ("Precision, Inception", 1.0),
+    "inception_recall": ("Recall, Inception", 1.0),
+    "clip_score": ("CLIP score", 100.0),
+    "lpips_reconstruction": ("LPIPS of the reconstruction", 0.0),
 }
 
-LEFT = {"psnr_to_first": "PSNR to the first model (dB)", "psnr_reconstruction": "PSNR of the reconstruction (dB)"}
+LEFT = {
+    "lpips_to_first": "LPIPS to the first model",
+    "psnr_to_first": "PSNR to the first model (dB)",
+    "psnr_reconstruction": "PSNR of the reconstruction (dB)",
+}
 
 
 def get(tree: Any, *keys: str) -> Any:
@@ -192,4 +203,11 @@ def provenance(report: Report) -> str:
         listed = facts([(str(label).replace("_", " "), value) for label, value in rows])
         if listed:
             parts += f'<h3 class="name {text(name)}">{text(short_name(name))}</h3>{listed}'
+    truth = report.get("fidelity_reference") or {}
+    if truth:
+        rows = [(key.replace("_", " "), value) for key, value in truth.items()]
+        parts += (
+            f'<h3>Fidelity</h3>{facts(rows)}<p class="note">FID falls with the number of images and depends on the '
+            "reference: compare it within this report, not with published figures.</p>"
+        )
     return f"<h2>What decided the scores</h2>{parts}" if parts else ""

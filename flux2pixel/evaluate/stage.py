@@ -10,7 +10,6 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import torch
 
 from flux2pixel import bases, device, files
 from flux2pixel.errors import UsageError
-from flux2pixel.evaluate import reference, results
+from flux2pixel.evaluate import results
 from flux2pixel.evaluate.claims import claims
 from flux2pixel.evaluate.comparable import comparable
 from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.fidelity_stage import compare_with_images, compare_with_renders
 from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.models import Candidate, candidate, named
 from flux2pixel.evaluate.pictures import basis_vectors
@@ -35,8 +35,6 @@ from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, as_dict
-
-MEASURED = 2  # version of the fidelity measures: what was kept of another is computed again
 
 
 def evaluate(
@@ -70,7 +68,7 @@ def evaluate(
         for suite in suites
     ]
     if processes.first:
-        if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE:
+        if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE and not recipe.eval.reference:
             say(f"eval: fidelity is left out: {NO_TRUTH}")
         say("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
         say(f"eval: draws and scores on {device.describe(place)}")
@@ -81,7 +79,7 @@ def evaluate(
     processes.wait()
     if processes.first:
         outcomes = [task.collect() for task in tasks]
-        report = _report(recipe, run, outcomes, memo, digests)
+        report = _report(recipe, run, outcomes, memo, digests, place)
         report["seconds"] = _seconds(run, time.perf_counter() - started)
         gallery = Gallery(_shots(outcomes), home / "sheets", digests)
         files.write_json(page.with_suffix(".json"), report)
@@ -142,7 +140,9 @@ def _work(one: Candidate, tasks: Sequence[Task], recipe: Recipe, processes: Proc
         torch.cuda.empty_cache()
 
 
-def _report(recipe: Recipe, run: Path, outcomes: list[Outcome], memo: Memo, digests: Digests) -> dict[str, Any]:
+def _report(
+    recipe: Recipe, run: Path, outcomes: list[Outcome], memo: Memo, digests: Digests, place: torch.device
+) -> dict[str, Any]:
     report: dict[str, Any] = {"base": recipe.base, "models": {}, "settings": as_dict(recipe)}
     report["versions"] = results.versions()
     for outcome in outcomes:
@@ -156,49 +156,15 @@ def _report(recipe: Recipe, run: Path, outcomes: list[Outcome], memo: Memo, dige
         if outcome.suite.load is not None:
             row[KEYS[outcome.suite.name]] = results.suite_figures(outcome, recipe)
     if recipe.base == MINIATURE and (drawn := [one for one in outcomes if one.suite.name == "geneval"]):
-        _compare_with_renders(recipe, report, drawn, memo, digests)
+        compare_with_renders(recipe, report, drawn, memo, digests)
+    if "fidelity" in recipe.eval.suite and recipe.eval.reference:
+        compare_with_images(recipe, report, outcomes, memo, digests, place)
     report["paired"] = results.paired(outcomes)
     report |= _provenance(run)
     report["comparable"] = comparable(report["models"])
     report["claims"] = claims(report)
     report["prompts"] = results.prompt_rows(outcomes, world.HELD_OUT if recipe.base == MINIATURE else None)
     return report
-
-
-def _compare_with_renders(
-    recipe: Recipe, report: dict[str, Any], outcomes: Sequence[Outcome], memo: Memo, digests: Digests
-) -> None:
-    """The miniature's ceilings, and every model's fidelity to true renders of the suite's own prompts.
-
-    References pose the prompts in the suite's proportions, so that content does not count as infidelity.
-    """
-    posed = [dict(prompt.data) for prompt in outcomes[0].suite.asked]
-    count = recipe.eval.fidelity_images
-    what = {"renders": [row["prompt"] for row in posed], "count": count, "version": results.versions()["flux2pixel"]}
-    report["detector_ceiling"] = memo.of({"detector": what}, lambda: reference.detector_ceiling(posed))
-    if "fidelity" not in recipe.eval.suite:
-        return
-    truth = reference.Truth(posed, count)
-    vae = digests.of_model(bases.resolve(recipe.base), ["vae"])
-    report["fidelity_ceiling"] = memo.of(
-        {"ceilings": what, "vae": vae, "measures": MEASURED}, lambda: truth.ceilings(recipe.base)
-    )
-    chosen = {outcome.candidate.name: _spread(outcome, count) for outcome in outcomes}
-    first = outcomes[0]
-    for outcome in outcomes:
-        samples = chosen[outcome.candidate.name]
-        pairs = chosen[first.candidate.name]
-        same = [(s.prompt.id, s.index) for s in samples] == [(s.prompt.id, s.index) for s in pairs]
-        if outcome is first or not same or outcome.candidate.open is None:
-            pairs = []
-        shown = [[digests.of_file(sample.path) for sample in some] for some in (samples, pairs)]
-        inputs = {"fidelity": what, "images": shown, "measures": MEASURED}
-        report["models"][outcome.candidate.name]["fidelity"] = memo.of(inputs, partial(truth.measure, samples, pairs))
-
-
-def _spread(outcome: Outcome, count: int) -> list[Sample]:
-    """The first image of every prompt, then the second ones: any number of them is spread over all prompts."""
-    return sorted(outcome.samples, key=lambda sample: sample.index)[:count]
 
 
 def _shots(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, list[Sample]]]:
@@ -250,6 +216,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
                 parts.append(f"{suite} {shown}")
         if "texture_frechet" in row.get("fidelity", {}):
             parts.append(f"texture Fréchet {row['fidelity']['texture_frechet']:.4f}")
+        if "inception_fid" in row.get("fidelity", {}):
+            parts.append(f"FID {row['fidelity']['inception_fid']:.2f}")
         if "seconds_per_image" in row:
             parts.append(f"{row['seconds_per_image']:.3f} s per image")
         lines.append(f"{name:>10}: {', '.join(parts)}")

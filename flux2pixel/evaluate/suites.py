@@ -18,10 +18,11 @@ from flux2pixel.evaluate.generate import Size
 from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.png import settings_digest
 from flux2pixel.evaluate.suite import Prompt, Scorer
+from flux2pixel.images import open_source
 from flux2pixel.recipe import Recipe
 
 MINIATURE = "klein-tiny"
-NO_TRUTH = "true images to compare with are at hand for the miniature alone"
+NO_TRUTH = "no true images to compare with; name a folder of them with --reference (eval.reference)"
 SIDE = 1024  # of an image where recipe and suite say nothing
 
 
@@ -109,8 +110,10 @@ def open_suites(recipe: Recipe, digests: Digests, memo: Memo, device: str) -> li
 
     Loads no network. Raises UsageError, with what to fetch, if a suite's weights or data are not there.
     """
-    if recipe.eval.suite == ("fidelity",) and recipe.base != MINIATURE:
+    if recipe.eval.suite == ("fidelity",) and recipe.base != MINIATURE and not recipe.eval.reference:
         raise UsageError(f"--suite fidelity: {NO_TRUTH}")
+    if "fidelity" in recipe.eval.suite and recipe.eval.reference:
+        open_source(recipe.eval.reference)
     wanted = [name for name in recipe.eval.suite if name != "fidelity"] or ["geneval"]
     scored = set(recipe.eval.suite)
     known = _Known(recipe, digests, memo, device)
