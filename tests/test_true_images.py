@@ -52,6 +52,14 @@ def test_streamed_measures_are_those_of_the_stack(height: int, width: int, patch
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_large_images_give_patches_on_and_off_the_grid_alike() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (528, 520, 3)).astype(np.uint8)
+    one = streamed.summarise([image], 16)
+    mean, cov = fidelity.patch_moments(fidelity.unit(image[None]), 16, 24)
+    np.testing.assert_allclose(one.patches[:768], mean, rtol=1e-12)
+    np.testing.assert_allclose(one.patches[768:], (cov + np.outer(mean, mean)).ravel(), rtol=1e-12)
+
+
 def test_sets_that_cannot_be_compared_are_refused() -> None:
     images = textured(3)
     with pytest.raises(ValueError, match="differ in size"):

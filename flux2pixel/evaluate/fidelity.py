@@ -5,6 +5,8 @@ Legend of shapes: n images, H x W pixels, 3 colours (RGB), P patches, D = patch 
 Every function takes stacks ``(n, H, W, 3)`` uint8 and computes in float64 on pixels scaled to [0, 1].
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
@@ -44,13 +46,20 @@ def radial_power_spectrum(images: Images) -> Array:
     window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
     windowed = (luma - luma.mean(axis=(1, 2), keepdims=True)) * window
     power = (np.abs(np.fft.fft2(windowed)) ** 2).mean(axis=0) / (window**2).sum()
+    inside, index, counts = _rings(height, width)
+    total = np.bincount(index, weights=power.ravel()[inside], minlength=len(counts))
+    return np.asarray(total / counts, dtype=np.float64)
+
+
+@lru_cache(maxsize=8)
+def _rings(height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+    """Which frequencies lie within a full ring, the ring of each of those, and how many each ring has."""
     short = min(height, width)
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]) * short
     index = np.rint(radius).astype(np.int64).ravel()
     count = short // 2 + 1
     inside = index < count  # the corners of the square spectrum have no full ring
-    total = np.bincount(index[inside], weights=power.ravel()[inside], minlength=count)
-    return np.asarray(total / np.bincount(index[inside], minlength=count), dtype=np.float64)
+    return inside, index[inside], np.bincount(index[inside], minlength=count)
 
 
 def spectrum_error(images: Images, reference: Images) -> dict[str, float]:
@@ -81,12 +90,12 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
     return max(0.0, float(distance))
 
 
-def patch_moments(pixels: Array, patch: int) -> tuple[Array, Array]:
-    """Mean ``(D,)`` and covariance ``(D, D)`` of the patches at a stride of half a patch."""
+def patch_moments(pixels: Array, patch: int, stride: int = 0) -> tuple[Array, Array]:
+    """Mean ``(D,)`` and covariance ``(D, D)`` of the patches at a stride, 0: of half a patch."""
     if min(pixels.shape[1:3]) < patch:
         raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} hold no {patch}x{patch} patch")
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (patch, patch), axis=(1, 2))
-    stride = max(1, patch // 2)
+    stride = stride or max(1, patch // 2)
     rows = windows[:, ::stride, ::stride].reshape(-1, 3 * patch * patch)  # (P, D)
     mean = rows.mean(axis=0)
     centred = rows - mean
