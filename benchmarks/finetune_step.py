@@ -10,6 +10,9 @@ the miniature and a random network of the same class, 512 wide, where the transf
 Seconds are of this process's CPU time in one thread, which other processes of the machine hardly change; ``--wall``
 takes the wall clock and ``--threads``.
 
+With LoRA (rank 16) the same: the bound's trained half is the adapted network, its reference half the same network with
+adapters off and the original projections.
+
 Then the reference forward in four ways that give the same d_L: by its definition (a converted copy at x_t^L, weights
 cast by autocast at every call), by the latent identity of ``objective.py``, the same with the Linear weights cast once,
 and with the trained network's own weights, adapters off. Errors are against the first, in float32.
@@ -22,6 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,15 @@ from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.bases.base import Base
 from flux2pixel.convert.fold import fold
 from flux2pixel.finetune.cache import Batch
-from flux2pixel.finetune.objective import LatentReference, Objective, SharedReference, autocast, draw
+from flux2pixel.finetune.objective import (
+    LatentReference,
+    Objective,
+    SharedReference,
+    Velocity,
+    autocast,
+    draw,
+    original,
+)
 from flux2pixel.finetune.parallel import Team
 from flux2pixel.finetune.trainable import prepare
 from flux2pixel.finetune.trainer import Trainer
@@ -44,6 +56,7 @@ CLOCK = [time.process_time]
 OUT = Path(__file__).with_suffix(".json")
 WIDE = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 16, 16, 16), "num_layers": 1}
 WIDE |= {"num_single_layers": 3}
+LORA = ["finetune.trainable=lora", "finetune.lora_rank=16"]
 
 
 def networks(wide: bool) -> tuple[Base, nn.Module, nn.Module, AsymFlow]:
@@ -84,17 +97,21 @@ def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def step_against_bound(wide: bool, count: int, repeats: int) -> dict[str, float]:
-    """The ratio of claim one for one shape."""
+def step_against_bound(wide: bool, lora: bool, count: int, repeats: int) -> dict[str, float]:
+    """The ratio of claim one for one shape, trained in full or by LoRA."""
     base, latent, pixel, flow = networks(wide)
-    recipe = recipes.load(None, ["finetune.steps=1000"])
+    recipe = recipes.load(None, ["finetune.steps=1000", *(LORA if lora else ())])
     cast_linears(latent)
-    objective = Objective(recipe.finetune, base, flow, LatentReference(base, latent))
+    if lora:
+        pixel.to(torch.bfloat16)  # as ``stage.open_source`` reads frozen weights
     groups = prepare(pixel, base, recipe.finetune, 0)
+    frozen: Velocity = SharedReference(base, pixel, flow.basis) if lora else LatentReference(base, latent)
+    objective = Objective(recipe.finetune, base, flow, frozen)
     trainer = Trainer(recipe, pixel, groups, objective, Team(0, 1, torch.device("cpu")))
     batch = random_batch(count)
     sigma, eps = draw(batch, 0, 1.0)
-    x, z = torch.lerp(batch.pixels(), eps, sigma.view(-1, 1, 1)), torch.randn(count, 16, 16)
+    x = torch.lerp(batch.pixels(), eps, sigma.view(-1, 1, 1))
+    z = x if lora else torch.randn(count, 16, 16)
 
     def trained() -> None:
         pixel.zero_grad()
@@ -104,13 +121,14 @@ def step_against_bound(wide: bool, count: int, repeats: int) -> dict[str, float]
 
     @torch.no_grad()
     def reference() -> None:
-        with autocast(x.device, "bf16"):
-            base.call(latent, z, sigma, batch.conditioning, batch.grid)
+        with original(pixel) if lora else nullcontext(), autocast(x.device, "bf16"):
+            base.call(pixel if lora else latent, z, sigma, batch.conditioning, batch.grid)
 
     works = {"step": lambda: trainer.advance([batch]), "trained": trained, "reference": reference}
     found = interleaved(works, repeats)
     found["ratio"] = found["step"] / (found["trained"] + found["reference"])
     found["reference_share"] = found["reference"] / found["step"]
+    found["trained_parameters"] = float(sum(p.numel() for p in pixel.parameters() if p.requires_grad))
     return found | {"parameters": float(sum(p.numel() for p in pixel.parameters()))}
 
 
@@ -119,7 +137,7 @@ def references(wide: bool, count: int, repeats: int) -> dict[str, dict[str, floa
     base, latent, pixel, flow = networks(wide)
     batch = random_batch(count)
     sigma, eps = draw(batch, 0, 1.0)
-    lora = recipes.load(None, ["finetune.trainable=lora", "finetune.lora_rank=16"]).finetune
+    lora = recipes.load(None, LORA).finetune
     frozen, adapted = networks(wide)[1:3]
     cast_linears(frozen)
     prepare(adapted, base, lora, 0)
@@ -174,13 +192,17 @@ def main() -> None:
     torch.set_flush_denormal(True)
     found: dict[str, Any] = {"clock": "wall" if args.wall else "cpu", "threads": args.threads, "repeats": args.repeats}
     for name, wide, count in (("miniature", False, 64), ("512 wide", True, 64)):
-        step = step_against_bound(wide, count, args.repeats)
-        found[name] = {"batch": count, "step": step, "reference": references(wide, count, args.repeats)}
-        print(
-            f"{name} ({step['parameters'] / 1e6:.1f} M parameters, batch {count}): step {step['step'] * 1e3:.0f} ms, "
-            f"lower bound {(step['trained'] + step['reference']) * 1e3:.0f} ms, ratio {step['ratio']:.3f}; "
-            f"reference {step['reference_share']:.1%} of the step"
-        )
+        steps = {what: step_against_bound(wide, what == "lora", count, args.repeats) for what in ("full", "lora")}
+        found[name] = {"batch": count, "step": steps["full"], "lora_step": steps["lora"]}
+        found[name]["reference"] = references(wide, count, args.repeats)
+        for what, step in steps.items():
+            trained, parameters = step["trained_parameters"] / 1e6, step["parameters"] / 1e6
+            print(
+                f"{name}, {what} ({trained:.2f} of {parameters:.1f} M parameters, "
+                f"batch {count}): step {step['step'] * 1e3:.0f} ms, lower bound "
+                f"{(step['trained'] + step['reference']) * 1e3:.0f} ms, ratio {step['ratio']:.3f}; "
+                f"reference {step['reference_share']:.1%} of the step"
+            )
         for way, row in found[name]["reference"].items():
             print(f"    {way:<40} {row['seconds'] * 1e3:8.1f} ms  {row['ratio']:.3f} of the definition")
     OUT.write_text(json.dumps(found, indent=1) + "\n")

@@ -5,23 +5,24 @@ import shutil
 
 import pytest
 import torch
-from finetuning import LORA, new_run, small
+from finetuning import LORA, small
 from safetensors.torch import load_file
 
-from flux2pixel import bases
+from flux2pixel import bases, files
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.finetune import checkpoint, stage
 from flux2pixel.finetune.cache import Batch, Cache
 from flux2pixel.finetune.ema import PowerEma
+from flux2pixel.finetune.export import write_weights
 from flux2pixel.finetune.loss import flow_matching, variance_reduction
 from flux2pixel.finetune.objective import LatentReference, Objective, SharedReference, draw
 from flux2pixel.finetune.perceptual import load_lpips, perceptual
 from flux2pixel.finetune.quantise import Int8Linear
 from flux2pixel.finetune.trainable import lora_modules, merged, prepare, split
 from flux2pixel.finetune.validation import hold_out
-from flux2pixel.recipe import load
+from flux2pixel.recipe import dumps, load
 from flux2pixel.subspace.estimators import polar
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -223,18 +224,10 @@ def test_int8_rows_are_near_and_pass_gradients():
     assert torch.allclose(x.grad, short.weight.sum(0).expand(5, -1), atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = new_run(tmp_path_factory.mktemp("run"))
-    stage.prepare(small(), folder)
-    return folder
-
-
-def test_what_a_training_leaves(run, tmp_path):
+def test_what_a_training_leaves(prepared_run, tmp_path):
     """The log, the samples from step 0 on, TensorBoard, the card, averaged and raw weights, an int8 LoRA training."""
     pytest.importorskip("tensorboard")
-    folder = shutil.copytree(run, tmp_path / "run")
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
     options = [*LORA, "finetune.frozen_int8=true", "finetune.checkpointing=true", "finetune.precision=bf16"]
     recipe = small(*options, 'finetune.trackers=["tensorboard"]')
     out = stage.finetune(recipe, folder)
@@ -267,12 +260,27 @@ def test_what_a_training_leaves(run, tmp_path):
     assert changed - {"x_embedder", "proj_out", "norm_out.linear"} <= set(
         lora_modules(bases.open_base(folder / "converted").transformer, bases.open_base("klein-tiny"), ("base",))
     )
+    for name in (f"transformer/{FILE}", f"transformer_raw/{FILE}", "adapter.safetensors", "adapter_raw.safetensors"):
+        _, notes = files.read_tensors(out / name)
+        assert notes["format"] == "pt" and notes["base"] == "klein-tiny" and notes["recipe"] == dumps(recipe), name
+        assert notes["weights"] == ("raw" if "_raw" in name else "averaged"), name
     adapter = load_file(out / "adapter.safetensors")
     assert "x_embedder.weight" in adapter and any(".lora_A.weight" in name for name in adapter)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(run, tmp_path, monkeypatch):
-    folder = shutil.copytree(run, tmp_path / "run")
+def test_every_shard_has_the_notes(tmp_path):
+    state = {"a": torch.randn(300), "b": torch.randn(300), "c": torch.randn(4, 6).mT}
+    write_weights(tmp_path, state, {"recipe": "seed = 1"}, shard="2KB")
+    index = json.loads((tmp_path / f"{FILE}.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) == 2 and index["weight_map"].keys() == state.keys()
+    read = [files.read_tensors(tmp_path / name) for name in names]
+    assert all(notes == {"recipe": "seed = 1"} for _, notes in read)
+    assert all(torch.equal(tensors[name], state[name]) for tensors, _ in read for name in tensors)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(prepared_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
     load_batch = stage.Loader.load
 
     def spoiled(self, step):
@@ -289,8 +297,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(run
     assert not (folder / "finetuned").exists()
 
 
-def test_validation_images_are_never_trained_on(run):
-    cache = Cache(run / "cache")
+def test_validation_images_are_never_trained_on(prepared_run):
+    cache = Cache(prepared_run / "cache")
     held = hold_out(cache, 4)
     assert held.counts == (4,) and held.training(cache) == (44,)
 
@@ -306,9 +314,9 @@ def test_validation_images_are_never_trained_on(run):
         ([*LORA, 'finetune.lora_targets=["no such layer"]'], "matches no Linear layer"),
     ],
 )
-def test_mistakes_are_found_before_any_training(run, options, said):
+def test_mistakes_are_found_before_any_training(prepared_run, options, said):
     with pytest.raises(UsageError, match=said):
-        stage.prepare(small(*options), run)
+        stage.prepare(small(*options), prepared_run)
 
 
 def test_training_is_refused_without_a_converted_model(tmp_path):

@@ -1,12 +1,18 @@
 """Processes: FSDP2 on gloo gives what one process gives, and a checkpoint does not care how many there were."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import socket
+import sys
 
 import pytest
 import torch
-from finetuning import LORA, SMALL, flags, new_run, python, small, weights
+from finetuning import LORA, SMALL, flags, python, small, weights
+from typer.testing import CliRunner
 
+from flux2pixel.cli import app
 from flux2pixel.finetune import checkpoint, stage
 from flux2pixel.finetune.parallel import Team
 from flux2pixel.finetune.trainable import split
@@ -15,23 +21,15 @@ STEPS = ["finetune.steps=20", "finetune.validate_every=20", "finetune.save_every
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = new_run(tmp_path_factory.mktemp("run"))
-    stage.prepare(small(), folder)
-    return folder
-
-
-def test_two_ranks_give_what_one_process_gives(run, tmp_path):
-    one, two = shutil.copytree(run, tmp_path / "one"), shutil.copytree(run, tmp_path / "two")
+def test_two_ranks_give_what_one_process_gives(prepared_run, tmp_path):
+    one, two = shutil.copytree(prepared_run, tmp_path / "one"), shutil.copytree(prepared_run, tmp_path / "two")
     torch.set_num_threads(1)
     stage.finetune(small(*STEPS), one)
     words = ["finetune", "--run", two, "--gpus", "2", *flags([*SMALL, *STEPS])]
     python("-m", "flux2pixel", *words)
     for kind in ("transformer", "transformer_raw"):
         alone, shared = weights(one / "finetuned", kind), weights(two / "finetuned", kind)
-        start = weights(run / "converted")
+        start = weights(prepared_run / "converted")
         for name in alone:
             error = (alone[name] - shared[name]).norm() / alone[name].norm().clamp(min=1e-12)
             assert error < 1e-5, (kind, name, float(error))
@@ -46,8 +44,8 @@ def test_two_ranks_give_what_one_process_gives(run, tmp_path):
             assert mine["validation"]["bins"] == pytest.approx(theirs["validation"]["bins"], rel=1e-5)
 
 
-def test_sharded_lora_average_abort_and_a_checkpoint_read_by_one_process(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "run")
+def test_sharded_lora_average_abort_and_a_checkpoint_read_by_one_process(prepared_run, tmp_path):
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
     done = python(*TORCHRUN, "tests/workers.py", "two_ranks", folder)
     assert "rank 0 of 2 done" in done.stdout and "rank 1 of 2 done" in done.stdout
     recipe, alone = small(*LORA), Team(0, 1, torch.device("cpu"))
@@ -64,11 +62,42 @@ def test_sharded_lora_average_abort_and_a_checkpoint_read_by_one_process(run, tm
     assert lora and all(".lora_A.weight" in name or ".lora_B.weight" in name for name in lora)
 
 
-def test_errors_of_a_launched_run_are_one_line_from_one_process(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "run")
-    words = ["finetune", "--run", folder, *flags([*SMALL, "finetune.processes=3"])]
-    for launcher in (("-m", "flux2pixel", *words, "--gpus", "2"), (*TORCHRUN, "-m", "flux2pixel", "--", *words)):
-        done = python(*launcher, check=False)
-        assert done.returncode
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "2 processes, but the recipe says finetune.processes = 3" in lines[0], done.stderr
+def test_accelerate_launches_it_too(prepared_run, tmp_path):
+    """Two processes on the CPU: accelerate has torchrun start them with --multi_gpu, its --cpu would start one."""
+    pytest.importorskip("accelerate")
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    more = ["finetune.processes=2", "finetune.steps=2", "finetune.save_every=9", "finetune.validate_every=9"]
+    python(*launcher, "-m", "flux2pixel", "finetune", "--run", folder, *flags([*SMALL, *more]))
+    record = json.loads((folder / "finetuned" / "finetune.json").read_text())
+    assert record["processes"] == 2 and record["steps"] == 2
+    start, end = weights(prepared_run / "converted"), weights(folder / "finetuned", "transformer_raw")
+    assert not any(torch.equal(start[name], end[name]) for name in ("x_embedder.weight", "proj_out.weight"))
+
+
+def test_errors_of_a_launched_run_are_one_line_from_one_process(prepared_run, tmp_path):
+    """By --gpus before anything is launched; in launched ones (forked: quicker) by the leading one."""
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    words = ["finetune", "--run", str(folder), *flags([*SMALL, "finetune.processes=3"])]
+    said = "2 processes, but the recipe says finetune.processes = 3"
+    result = CliRunner().invoke(app, [*words, "--gpus", "2"])
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("error: ") == 1
+
+    def process(rank, port):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        sys.stderr = (tmp_path / f"{rank}.txt").open("w", buffering=1)
+        app(words)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [multiprocessing.get_context("fork").Process(target=process, args=(rank, port)) for rank in range(2)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join(60)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert [one.exitcode for one in processes] == [2, 2], (first, second)
+    assert said in first and first.count("error: ") == 1 and "error" not in second

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from finetuning import LORA, new_run, python, small, weights
+from finetuning import LORA, python, small, weights
 
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.finetune import checkpoint, stage
@@ -15,17 +15,9 @@ from flux2pixel.finetune.trainer import Trainer
 ALONE = Team(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = new_run(tmp_path_factory.mktemp("run"))
-    stage.prepare(small(), folder)
-    return folder
-
-
 @pytest.fixture
-def fresh(run, tmp_path):
-    return shutil.copytree(run, tmp_path / "run")
+def fresh(prepared_run, tmp_path):
+    return shutil.copytree(prepared_run, tmp_path / "run")
 
 
 def test_killed_at_several_steps_and_during_a_save_it_ends_bit_for_bit(fresh, tmp_path):

@@ -7,7 +7,7 @@ import typer
 
 from flux2pixel.commands.job import one_line_errors, resolve
 from flux2pixel.commands.options import Base, Debug, DryRun, RecipePath, RunPath, Set
-from flux2pixel.errors import UsageError
+from flux2pixel.launch import check_gpus
 
 
 def cache_command(
@@ -25,8 +25,7 @@ def cache_command(
 ) -> None:
     """Encode the training images and captions once: pixels, latents and text embeddings. Goes on after a kill."""
     with one_line_errors(debug):
-        if gpus < 1:
-            raise UsageError(f"--gpus {gpus}: must be at least 1")
+        check_gpus(gpus)
         job = resolve(recipe, run, assignments, base=base, data__source=source, finetune__images=images)
         folder = job.run / job.recipe.data.cache
         takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]

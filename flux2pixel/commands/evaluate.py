@@ -1,13 +1,13 @@
 """``eval``."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flux2pixel.commands.job import Job, one_line_errors, resolve
+from flux2pixel import launch
+from flux2pixel.commands.job import one_line_errors, resolve
 from flux2pixel.commands.options import (
     CONVERTED,
     FINETUNED,
@@ -62,10 +62,9 @@ def eval_command(
     debug: Debug = False,
 ) -> None:
     """Score the models side by side and write the report."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank()
     with one_line_errors(debug, silent=rank > 0):
-        if gpus < 1:
-            raise UsageError(f"--gpus {gpus}: must be at least 1")
+        launch.check_gpus(gpus)
         job = resolve(
             recipe,
             run,
@@ -85,9 +84,11 @@ def eval_command(
         # Only one of a launched run's processes writes the recipe.
         if rank == 0 and not job.start(takes, [out or job.run / REPORT], dry_run):
             return
-        if gpus > 1 and "RANK" not in os.environ:
-            _share(job, gpus, model or (), images or (), out)
-            return
+        if gpus > 1 and not launch.launched():
+            from flux2pixel.evaluate.stage import check
+
+            check(job.recipe, job.run, model or (), images or ())
+            raise typer.Exit(launch.relaunch("eval", gpus))
         from flux2pixel.evaluate.stage import evaluate
 
         evaluate(job.recipe, job.run, model or (), out, images or ())
@@ -110,15 +111,3 @@ def _check(models: Sequence[str], images: Sequence[str]) -> None:
             if not Path(place).is_dir() and not (option == "--model" and place in {*ALIASES, *KNOWN}):
                 what = "a model folder, or a base" if option == "--model" else "a folder of images"
                 raise UsageError(f"{option} {word}: no such folder {place}; give {what}")
-
-
-def _share(job: Job, gpus: int, models: Sequence[str], images: Sequence[str], out: Path | None) -> None:
-    """Check everything here, where an error is one line, then let torchrun's processes do it."""
-    from flux2pixel.evaluate.processes import launch
-    from flux2pixel.evaluate.stage import check
-
-    check(job.recipe, job.run, models, images)
-    words = ["eval", "--run", str(job.run), "--recipe", str(job.run / "recipe.toml")]
-    words += [word for model in models for word in ("--model", model)]
-    words += [word for folder in images for word in ("--images", folder)]
-    launch(gpus, words + (["--out", str(out)] if out else []))

@@ -1,12 +1,12 @@
 """``finetune``."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flux2pixel import launch
 from flux2pixel.commands.job import check, one_line_errors, resolve, timed
 from flux2pixel.commands.options import (
     CONVERTED,
@@ -41,7 +41,7 @@ def finetune_command(
     debug: Debug = False,
 ) -> None:
     """Train the converted model on real pixels. Killed, the same command goes on from its last checkpoint."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank()
     with one_line_errors(debug, silent=rank > 0):
         check(models=[model])
         job = resolve(recipe, run, assignments, base=base, finetune__steps=steps, seed=seed)
@@ -53,15 +53,15 @@ def finetune_command(
         # Only one of a launched run's processes writes the recipe.
         if rank == 0 and not job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
             return
-        from flux2pixel.finetune import launch, parallel
+        from flux2pixel.finetune import parallel
         from flux2pixel.finetune.stage import finetune
 
-        if gpus != 1 and not parallel.launched():
+        if gpus != 1 and not launch.launched():
             from flux2pixel.finetune.stage import prepare
 
             launch.check_gpus(gpus)
             prepare(job.recipe, job.run, model, gpus)
-            raise typer.Exit(launch.relaunch(gpus, launch.own_arguments()))
+            raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
         parallel.check_launch(gpus)
         work = partial(finetune, job.recipe, job.run, model, out)
         if rank == 0:

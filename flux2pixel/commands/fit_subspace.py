@@ -1,13 +1,11 @@
 """``fit-subspace``, ``compare`` and ``export-subspace``."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flux2pixel import launch
 from flux2pixel.commands.job import image_source, one_line_errors, resolve, timed
 from flux2pixel.commands.options import (
     SUBSPACE,
@@ -57,7 +55,7 @@ def fit_subspace_command(
         takes: list[Path | str] = [f"base {job.recipe.base}"]
         takes += merge or [image_source(job.recipe)]
         written = out or job.run / SUBSPACE
-        if os.environ.get("RANK", "0") != "0":  # one process of a launched run, and not the one that writes
+        if launch.rank():  # one process of a launched run, and not the one that writes
             from flux2pixel.subspace.stage import fit_subspace
 
             fit_subspace(job.recipe, job.run, out, merge or ())
@@ -66,22 +64,11 @@ def fit_subspace_command(
             from flux2pixel.subspace.settings import check
             from flux2pixel.subspace.stage import fit_subspace
 
+            launch.check_gpus(gpus)
             check(job.recipe, open_base(job.recipe.base))
-            if gpus != 1 and "RANK" not in os.environ:
-                _relaunch(gpus)
-            else:
-                timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out, merge or ()))
-
-
-def _relaunch(gpus: int) -> None:
-    """Run this same command in ``gpus`` processes of torchrun."""
-    if gpus < 1:
-        raise UsageError(f"--gpus {gpus}: give 1 or more")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    # The dashes keep torchrun from taking abbreviations of its own options out of ours.
-    code = subprocess.call([*launcher, "-m", "flux2pixel", "--", *sys.argv[1:]])
-    if code:
-        raise typer.Exit(code)
+            if gpus > 1 and not launch.launched():
+                raise typer.Exit(launch.relaunch("fit-subspace", gpus))
+            timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out, merge or ()))
 
 
 def compare_command(

@@ -1,7 +1,6 @@
 """What every command does first: resolve the recipe, check what can be checked before any work, note the recipe."""
 
 import json
-import os
 import tempfile
 import time
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 
 import typer
 
+from flux2pixel import launch
 from flux2pixel import recipe as recipes
 from flux2pixel.bases import ALIASES
 from flux2pixel.bases.known import KNOWN
@@ -68,7 +68,7 @@ def resolve(
     run = run or Path("runs") / Path(recipe.base).resolve().name
     own = run / "recipe.toml"
     if path is None and not fresh and own.is_file():
-        if os.environ.get("RANK", "0") == "0":  # once for a run of many processes
+        if launch.rank() == 0:  # once for a run of many processes
             typer.echo(f"recipe: {own} of the run (--recipe names another)", err=True)
         recipe = recipes.load(own, overrides)
     return Job(recipe, run)

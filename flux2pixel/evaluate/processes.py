@@ -1,16 +1,13 @@
-"""Several processes that share the work: which one this is, waiting for all, and starting them."""
+"""Several processes that share the work: which one this is, and waiting for all."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from flux2pixel.errors import Flux2PixelError
+from flux2pixel.launch import rank, world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for the slowest process; a dead one is noticed by torchrun, not by this
@@ -52,13 +49,4 @@ class Processes:
 
 def current() -> Processes:
     """Read torchrun's environment."""
-    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-def launch(count: int, words: Sequence[str]) -> None:
-    """Run ``flux2pixel <words>`` in ``count`` processes of this machine and wait; Flux2PixelError if one fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    # Without the "--", torchrun would take abbreviations of its own options out of ours.
-    done = subprocess.run([*command, "-m", "flux2pixel", "--", *words])
-    if done.returncode:
-        raise Flux2PixelError(f"{count} processes: one failed (exit {done.returncode}); its own line above says why")
+    return Processes(rank(), world_size())

@@ -9,20 +9,18 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flux2pixel import bases, files
+from flux2pixel import bases, files, launch
 from flux2pixel.bases.base import Base
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.finetune.cache import INDEX, MANIFEST, Cache, Key, Shards, caption_digest, read_manifest
@@ -193,26 +191,9 @@ def _finish(folder: Path, key: Key, recipe: Recipe, items: Iterable[tuple[str, s
     files.write_json(folder / MANIFEST, manifest)
 
 
-_shared: Any = None  # of a worker process: the counter of images done, and the event that stops all
-
-
-def _attach(counter: Any, stop: Any) -> None:
-    global _shared
-    _shared = counter, stop
-
-
 def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype, rank: int, world: int) -> Made:
     torch.set_num_threads(max(1, recipe.threads // world))
-    counter, stop = _shared
-    parent = multiprocessing.parent_process()
-
-    def advance(count: int) -> None:
-        if stop.is_set() or (parent is not None and not parent.is_alive()):
-            raise Flux2PixelError("cache: stopped, because another process failed or was killed")
-        with counter.get_lock():
-            counter.value += count
-
-    return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, advance)
+    return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance)
 
 
 def _run_parts(recipe: Recipe, folder: Path, base: Base, world: int, advance: Callable[[int], object]) -> list[Made]:
@@ -222,24 +203,8 @@ def _run_parts(recipe: Recipe, folder: Path, base: Base, world: int, advance: Ca
     """
     if world == 1 and not torch.cuda.is_available():
         return [make_part(recipe, folder, base, 0, 1, advance)]
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    counter, stop, shown = context.Value("q", 0), context.Event(), 0
-    with ProcessPoolExecutor(world, context, _attach, (counter, stop)) as pool:
-        futures = [pool.submit(_work, recipe, folder, base.folder, base.dtype, rank, world) for rank in range(world)]
-        try:
-            while any(not future.done() for future in futures):
-                done, _ = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                advance(counter.value - shown)
-                shown = counter.value
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise Flux2PixelError(
-                "cache: a process died, out of memory or killed; run it again, what is written is kept"
-            ) from error
-        finally:
-            stop.set()
+    parts = [partial(_work, recipe, folder, base.folder, base.dtype, rank, world) for rank in range(world)]
+    return launch.pooled("cache", parts, advance)
 
 
 def make_part(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flux2pixel import files
+from flux2pixel import __version__, files
 from flux2pixel.bases.base import Base
 from flux2pixel.convert.folder import tune_pipeline
 from flux2pixel.finetune.checkpoint import State
@@ -20,6 +21,8 @@ from flux2pixel.finetune.trainable import merged, split
 from flux2pixel.recipe import Recipe, as_dict, dumps
 
 NOT_COPIED = ("transformer", "transformer_raw", "adapter.safetensors", "adapter_raw.safetensors", "README.md")
+
+PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 def gather(state: State, leads: bool) -> dict[str, dict[str, Tensor]]:
@@ -37,6 +40,8 @@ def gather(state: State, leads: bool) -> dict[str, dict[str, Tensor]]:
 def write_model(folder: Path, source: Path, base: Base, trained: dict[str, dict[str, Tensor]], recipe: Recipe) -> None:
     """Fill ``folder``: the converted model's files, ``transformer`` (averaged) and ``transformer_raw``.
 
+    The metadata of every file of weights names the base, which weights they are and the resolved recipe.
+
     A LoRA training's weights are merged into them, and also written apart: ``adapter.safetensors`` and
     ``adapter_raw.safetensors`` hold the full projections and LoRA's A and B under the stock class's names.
     """
@@ -50,13 +55,29 @@ def write_model(folder: Path, source: Path, base: Base, trained: dict[str, dict[
     state = network.state_dict()
     for kind, suffix in (("ema", ""), ("raw", "_raw")):
         full, lora = split(trained[kind])
-        network.load_state_dict(merged(state, full, lora, settings.lora_alpha / settings.lora_rank), assign=True)
-        network.save_pretrained(folder / f"transformer{suffix}", max_shard_size="5GB")
+        notes = {"format": "pt", "made_by": f"flux2pixel {__version__}", "base": recipe.base}
+        notes |= {"weights": "averaged" if kind == "ema" else "raw", "recipe": dumps(recipe)}
+        target = folder / f"transformer{suffix}"
+        network.save_config(target)
+        write_weights(target, merged(state, full, lora, settings.lora_alpha / settings.lora_rank), notes)
         if lora:
             tensors = {name: tensor.contiguous() for name, tensor in (full | lora).items()}
-            notes = {"lora_alpha": str(settings.lora_alpha), "lora_rank": str(settings.lora_rank)}
-            save_file(tensors, folder / f"adapter{suffix}.safetensors", notes)
+            scale = {"lora_alpha": str(settings.lora_alpha), "lora_rank": str(settings.lora_rank)}
+            save_file(tensors, folder / f"adapter{suffix}.safetensors", notes | scale)
     tune_pipeline(folder, recipe.sample)
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor], notes: dict[str, str], shard: str = "5GB") -> None:
+    """Write a state dict as diffusers does, ``notes`` in every shard, as their writers can not."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    parts = split_torch_state_dict_into_shards(dict(state), filename_pattern=PATTERN, max_shard_size=shard)
+    for name, members in parts.filename_to_tensors.items():
+        save_file({member: state[member].contiguous() for member in members}, folder / name, notes)
+    if parts.is_sharded:
+        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+        files.write_json(folder / f"{PATTERN.format(suffix='')}.index.json", index)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

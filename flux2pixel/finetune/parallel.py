@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flux2pixel.errors import UsageError
+from flux2pixel.launch import launched, world_size
 from flux2pixel.recipe import Finetune
 
 # Making a cache may take days; a collective that takes longer than the writing of a model is a dead process.
@@ -66,16 +67,6 @@ class Team:
         """Wait for all processes."""
         if self.mesh is not None:
             dist.barrier()
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, accelerate, Slurm with torchrun) started this process as one of a world."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def world_size() -> int:
-    """Processes of this run, before any process group."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def check_launch(gpus: int) -> None:
@@ -132,7 +123,11 @@ def team(settings: Finetune, prepare: Callable[[], object]) -> Iterator[Team]:
 def _lead(store: dist.Store, rank: int, prepare: Callable[[], object]) -> None:
     """Run ``prepare`` in process 0 and tell the others, through the store, how it went."""
     if rank:
-        if store.get("prepared") != b"yes":
+        try:
+            prepared = store.get("prepared") == b"yes"
+        except dist.DistError:  # without torchrun's agent the leading process keeps the store, and takes it along
+            prepared = False
+        if not prepared:
             raise LeaderFailed("finetune: the leading process failed; its message says why")
         return
     try:

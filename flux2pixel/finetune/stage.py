@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux2pixel import bases, files
+from flux2pixel import bases, files, launch
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.pipeline import PixelModel
 from flux2pixel.bases.base import Base
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, run: Path, model: Path | None = None, gpus: int = 1)
             raise UsageError("finetune.perceptual is gated by the variance reduction; set finetune.loss to that")
         load_lpips()
     latent = encode.open_encoders(recipe)
-    cache = encode.ensure(recipe, run, latent, gpus)
+    cache = encode.ensure(recipe, run, latent, launch.here(gpus))
     samples.encode_prompts(latent, settings.prompts, run / "samples")
     found = checkpoint.newest(run / "checkpoints")
     if found is not None:
@@ -128,10 +128,10 @@ def finetune(recipe: Recipe, run: Path, model: Path | None = None, out: Path | N
 
     In a launched process, one of the run's; else alone. A signal saves, marks ``finetune-stopped.json`` and exits 0.
     """
-    torch.set_num_threads(max(1, recipe.threads // parallel.world_size()))
+    torch.set_num_threads(max(1, recipe.threads // launch.world_size()))
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
-    with parallel.team(recipe.finetune, lambda: prepare(recipe, run, model, parallel.world_size())) as team:
+    with parallel.team(recipe.finetune, lambda: prepare(recipe, run, model, launch.world_size())) as team:
         return train(recipe, run, team, model, out)
 
 

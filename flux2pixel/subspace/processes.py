@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from flux2pixel import launch
 from flux2pixel.images import Tally
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.strata import LEVELS, Strata
@@ -52,13 +53,13 @@ class Processes:
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The process group of a launched run, left when the block ends; a process alone has none."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world = launch.world_size()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     if world == 1:
         yield Processes(0, 1, device)
         return
     dist.init_process_group("gloo")  # the sums are added in float64 on the CPU, once
     try:
-        yield Processes(rank, world, device)
+        yield Processes(launch.rank(), world, device)
     finally:
         dist.destroy_process_group()
