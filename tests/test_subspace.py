@@ -170,3 +170,13 @@ def test_principal_angles_are_accurate_when_small():
     tilted = basis.clone()
     tilted[:, 1] = torch.tensor([0, 1, 1e-9, 0, 0, 0]).double()
     assert float(diagnostics.principal_angles(basis, tilted).deg2rad().max()) == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_panels_of_a_gpu_are_the_update_of_the_cpu():
+    block = torch.randn(300, 768 + 3 + 32)
+    by_blas, by_panels = Moments.zeros(768, 32), Moments.zeros(768, 32)
+    by_blas._update(block)
+    by_panels._update_panels(block)
+    assert not by_blas.upper.tril(-1).any()
+    assert torch.allclose(by_blas.upper, by_panels.upper.triu(), rtol=0, atol=1e-3)
+    assert (by_blas.upper - (block.double().mT @ block.double()).triu()).abs().max() < 1e-3

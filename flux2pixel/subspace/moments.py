@@ -3,8 +3,8 @@
 x  pixel tokens (M, D)     z  latent tokens (M, r)     y = [x - m, m, z]  (M, D + 3 + r)     G = sum y y^T
 m  mean of each colour channel of the token (M, 3), subtracted from it
 
-One symmetric rank-k update holds all second moments: only the panels of G on and above the diagonal are computed, as
-BLAS ``syrk`` does but on every device. The tokens of one image are one float32 product of at most ``BLOCK`` rows, its
+One symmetric rank-k update holds all second moments: only G on and above the diagonal is computed, by BLAS ``syrk``
+on the CPU and by panels on a GPU. The tokens of one image are one float32 product of at most ``BLOCK`` rows, its
 result is added in float64. A block never spans two images, so the sums do not depend on how images are batched,
 ordered or shared out, beyond the rounding of the float64 additions.
 
@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import blas
 from torch import Tensor
 
 FORMAT = "flux2pixel.moments"
@@ -80,15 +81,22 @@ class Moments:
     def _join(self, x: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         y = torch.empty(*x.shape[:2], len(self.total), dtype=dtype, device=self.upper.device)
         channels = _channels(self.width)
-        means, centred = y[..., self.width : self.width + channels], y[..., : self.width]
-        centred.copy_(x)
-        by_channel = centred.unflatten(-1, (channels, -1))
+        means = y[..., self.width : self.width + channels]
+        by_channel = x.to(y).unflatten(-1, (channels, -1))
         torch.mean(by_channel, -1, out=means)
-        by_channel -= means[..., None]
+        torch.sub(by_channel, means[..., None], out=y[..., : self.width].unflatten(-1, (channels, -1)))
         y[..., self.width + channels :] = z
         return y
 
     def _update(self, block: Tensor) -> None:
+        """Add one block (K, D + g + r), contiguous: BLAS's rank-k update on the CPU, panels of products elsewhere."""
+        if block.device.type == "cpu":
+            syrk = blas.dsyrk if block.dtype == torch.float64 else blas.ssyrk
+            self.upper += torch.from_numpy(syrk(1.0, block.numpy().T, lower=0))
+        else:
+            self._update_panels(block)
+
+    def _update_panels(self, block: Tensor) -> None:
         side = len(self.total)
         # TensorFloat-32 would keep 10 bits of the inputs; the bound above needs all 24.
         fast, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
