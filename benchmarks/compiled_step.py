@@ -5,6 +5,10 @@
 The miniature, trained in full and by LoRA, float32, on the CPU by inductor, with the trainer's own step: losses and
 gradient norms of the first steps, compiled against eager from the same weights; seconds that the first step takes for
 compiling; then the compiled step against the eager one, in turn, medians, CPU time of this process in one thread.
+
+Found with torch 2.14.1: full training agrees to float32's rounding. With LoRA inductor's gradients of a few lora_B
+differ from eager's by up to a quarter of their (small) norm, 6e-5 of the whole gradient's, while ``aot_eager`` gives
+eager's bits: the difference is in inductor's kernels, not in what is traced; its cause is not known.
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ def compare(lora: bool, steps: int, repeats: int) -> dict[str, float]:
             error = abs(getattr(theirs, name) / getattr(ours, name) - 1)
             found[name] = max(found[name], error)
     pairs = zip(eager.trained, compiled.trained, strict=True)
-    found["weights"] = max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+    found["weights"] = max(float(((a - b).norm() / a.norm().clamp(min=1e-12)).detach()) for a, b in pairs)
     seconds = interleaved(
         {"eager": lambda: eager.advance([batch]), "compiled": lambda: compiled.advance([batch])}, repeats
     )
