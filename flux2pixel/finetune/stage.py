@@ -215,6 +215,8 @@ def _place(network: nn.Module, recipe: Recipe, team: Team) -> nn.Module:
     """Compile and shard ``network``, or move it to the device."""
     if recipe.finetune.compile:
         parallel.compile_blocks(network)
+        if recipe.finetune.trainable == "lora":
+            say("note: compiled on the CPU, a few small LoRA gradients differ from eager (benchmarks/compiled_step.py)")
     if team.mesh is None:
         return network.to(team.device)
     parallel.shard(network, team.mesh, recipe.finetune.precision)
