@@ -143,7 +143,7 @@ def test_every_figure_of_the_report_is_on_the_page(tmp_path: Path) -> None:
     for figure in (
         "0.710",
         "[0.660, 0.760]",
-        "vs Latent base 0.020 [−0.012, 0.050]",
+        "vs base 0.020 [−0.012, 0.050]",
         "0.985",
         "3.10e−13",
         "procrustes",

@@ -147,7 +147,7 @@ def _paired(report: Report, name: str, key: str, top: float | None) -> str:
         ours, _, theirs = pair.rpartition("-")
         if ours == name and isinstance(found, Mapping) and key in found:
             shown, low, high = (score_of(found[key].get(part), top) for part in ("difference", "low", "high"))
-            return f"<small>vs {text(short_name(theirs))} {shown} [{low}, {high}]</small>"
+            return f"<small>vs {text(theirs)} {shown} [{low}, {high}]</small>"
     return "<small>&nbsp;</small>"
 
 
