@@ -18,6 +18,7 @@ from flux2pixel.commands.finetune import finetune_command
 from flux2pixel.commands.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.commands.generate import generate_command
 from flux2pixel.commands.run import run_all
+from flux2pixel.launch import launched, leave
 
 app = typer.Typer(
     add_completion=False,
@@ -58,4 +59,9 @@ def _top(
 
 def main() -> None:
     """Entry point of the ``flux2pixel`` command."""
-    app(prog_name="flux2pixel")
+    try:
+        app(prog_name="flux2pixel")
+    except SystemExit as left:
+        if launched() and isinstance(left.code, int | None):
+            leave(left.code or 0)
+        raise

@@ -28,6 +28,7 @@ The run directory must be on a file system that all nodes see.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.progress import say
@@ -64,6 +65,18 @@ def world_size() -> int:
 def here(processes: int) -> int:
     """How many of a run's ``processes`` are on this machine, as the launcher says; all of them without one."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if launched() else processes
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched process with ``code``: Python's exit functions run and output is flushed, nothing is torn down.
+
+    Tearing down sometimes aborts ("terminate called without an active exception"): a thread of the process group can
+    still be joinable after ``destroy_process_group``, and the launcher would report a finished run as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_gpus(gpus: int) -> None:

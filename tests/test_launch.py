@@ -1,5 +1,6 @@
 """The launcher of --gpus: what it refuses, what it starts, and what it makes of how the processes ended."""
 
+import subprocess
 import sys
 from functools import partial
 
@@ -86,3 +87,9 @@ def test_pooled_work_comes_back_in_order_and_is_counted():
     assert sum(counted) == 0
     with pytest.raises(ZeroDivisionError):
         launch.pooled("cache", [partial(divmod, 1, 0)], counted.append)
+
+
+def test_a_launched_process_leaves_with_its_code_and_its_exit_functions_run() -> None:
+    script = "import atexit, sys; from flux2pixel.launch import leave; atexit.register(print, 'kept'); print('said')\n"
+    done = subprocess.run([sys.executable, "-c", script + "leave(3)"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "said\nkept\n"), done.stderr

@@ -16,6 +16,7 @@ from flux2pixel.finetune.ema import PowerEma
 from flux2pixel.finetune.loader import Loader
 from flux2pixel.finetune.order import Order
 from flux2pixel.finetune.trainer import Trainer
+from flux2pixel.launch import leave
 
 
 def kills(run: Path) -> None:
@@ -109,3 +110,4 @@ def two_ranks(run: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"kills": kills, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+    leave(0)
