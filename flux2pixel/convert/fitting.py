@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
+from flux2pixel import device
 from flux2pixel.bases.base import Base
 from flux2pixel.progress import say
 from flux2pixel.recipe import Recipe, dumps
@@ -22,9 +21,9 @@ def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
     """
     say("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
     say(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base.vae.to(device)
-    moments = prior_moments(recipe, base, device)
+    place = str(device.choose())
+    base.vae.to(place)
+    moments = prior_moments(recipe, base, place)
     basis, scale = procrustes(moments)
     metadata = {"method": "vae-jacobian", "data_free": True, "base": recipe.base, "patch_size": base.patch_size}
     metadata |= {"patch_order": "c,ph,pw", "color_space": base.color_space, "recipe": dumps(recipe)}

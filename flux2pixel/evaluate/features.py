@@ -74,13 +74,6 @@ def _squared(x: Array, y: Array) -> Array:
     return np.asarray((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T, dtype=np.float64).clip(min=0)
 
 
-def _patches(pixels: Array, patch: int) -> Array:
-    """Patches (n, P, 3 patch patch) of images (n, H, W, 3) at a stride of half a patch."""
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (patch, patch), axis=(1, 2))
-    stride = max(1, patch // 2)
-    return np.asarray(windows[:, ::stride, ::stride].reshape(len(pixels), -1, 3 * patch * patch))
-
-
 def patch_features(images: Images, basis: Array, patch: int = 8) -> Array:
     """One row an image of the miniature's own features, (n, 4 k): no network trained on photographs judges 32 pixels.
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from flux2pixel.device import choose
 from flux2pixel.errors import UsageError
 from flux2pixel.launch import launched, world_size
 from flux2pixel.recipe import Finetune
@@ -102,7 +103,7 @@ def team(settings: Finetune, prepare: Callable[[], object]) -> Iterator[Team]:
     """
     if not launched():
         prepare()
-        yield Team(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield Team(0, 1, choose())
         return
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     _lead(store, rank, prepare)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from flux2pixel import launch
+from flux2pixel import device, launch
 from flux2pixel.images import Tally
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.strata import LEVELS, Strata
@@ -54,12 +53,12 @@ class Processes:
 def joined() -> Iterator[Processes]:
     """The process group of a launched run, left when the block ends; a process alone has none."""
     world = launch.world_size()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    place = str(device.choose())
     if world == 1:
-        yield Processes(0, 1, device)
+        yield Processes(0, 1, place)
         return
     dist.init_process_group("gloo")  # the sums are added in float64 on the CPU, once
     try:
-        yield Processes(launch.rank(), world, device)
+        yield Processes(launch.rank(), world, place)
     finally:
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flux2pixel.evaluate import figures
@@ -102,10 +102,3 @@ def _groups(one: Score) -> dict[str, dict[str, Any]]:
 
 def _percent(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     return {name: 100 * value for name, value in zip(("score", "low", "high"), mean_interval(rows), strict=True)}
-
-
-def result_lines(scored: Score, paths: Mapping[str, str]) -> list[str]:
-    """The official result file's line for each item: path, crop scores, mean."""
-    return [
-        ", ".join([paths[item], *map(str, result.crops), str(result.average)]) for item, result in scored.items.items()
-    ]

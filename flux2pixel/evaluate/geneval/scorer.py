@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from flux2pixel import files
 from flux2pixel.evaluate import figures
 from flux2pixel.evaluate.geneval import promptset
 from flux2pixel.evaluate.geneval.verdict import Box, Detection, floor_of, judge_kept, keep
@@ -105,27 +102,3 @@ def judged(prompt: Prompt, index: int, seen: Seen) -> Record:
     verdict = judge_kept(prompt.data, kept, seen.color)
     boxes = {name: [list(d) for d in rows] for name, rows in kept.items()}
     return Record(prompt.id, index, prompt.group, float(verdict.correct), verdict.reason, {"boxes": boxes})
-
-
-def write_results(
-    path: Path, scorer: GenEval, records: Sequence[Record], paths: Mapping[tuple[str, int], Path]
-) -> None:
-    """Write the official result lines (JSON Lines), which its own summary script reads.
-
-    ``paths`` maps (prompt id, index) to the image. As in the official file, metadata and details are JSON strings.
-    """
-    rows = {prompt.id: prompt for prompt in scorer.prompts}
-    lines = []
-    for record in records:
-        prompt = rows[record.prompt]
-        line = {
-            "filename": str(paths[record.prompt, record.index]),
-            "tag": record.group,
-            "prompt": prompt.text,
-            "correct": bool(record.score),
-            "reason": record.reason,
-            "metadata": json.dumps(dict(prompt.data)),
-            "details": json.dumps(record.details["boxes"]),
-        }
-        lines.append(json.dumps(line) + "\n")
-    files.write(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
