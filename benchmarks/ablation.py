@@ -29,24 +29,25 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from flux2pixel import bases
+from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases.base import Base
-from flux2pixel.convert.stage import convert
-from flux2pixel.evaluate.interval import tag_mean_interval
-from flux2pixel.evaluate.stage import evaluate
-from flux2pixel.finetune import encode, stage
-from flux2pixel.finetune.cache import Batch, Cache
-from flux2pixel.finetune.loader import Loader
+from flux2pixel.convert.run import convert
+from flux2pixel.data import encode
+from flux2pixel.data.cache import Batch, Cache
+from flux2pixel.evaluate.run import evaluate
+from flux2pixel.evaluate.statistics import tag_mean_interval
+from flux2pixel.families.base import Base
+from flux2pixel.finetune import run as stage
+from flux2pixel.finetune.data.loader import Loader
+from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.loss import flow_matching
-from flux2pixel.finetune.objective import Objective, Parts
-from flux2pixel.finetune.order import Order
-from flux2pixel.finetune.parallel import Team
-from flux2pixel.finetune.trainable import groups
-from flux2pixel.finetune.trainer import Trainer
-from flux2pixel.progress import bar, say
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.finetune.network.trainable import groups
+from flux2pixel.finetune.step.objective import Objective, Parts
+from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.runtime.progress import bar, say
+from flux2pixel.subspace.run import fit_subspace
 
 HERE = Path(__file__).parent
 TRAINED = ("latent finetuning", "flow matching", "variance reduction")

@@ -22,10 +22,10 @@ import torch
 from finetune_step import LORA, interleaved, networks, random_batch
 
 from flux2pixel import recipe as recipes
-from flux2pixel.finetune.objective import LatentReference, Objective, SharedReference, Velocity
-from flux2pixel.finetune.parallel import Team, compile_blocks
-from flux2pixel.finetune.trainable import prepare
-from flux2pixel.finetune.trainer import Trainer
+from flux2pixel.finetune.network.parallel import Team, compile_blocks
+from flux2pixel.finetune.network.trainable import prepare
+from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
+from flux2pixel.finetune.step.trainer import Trainer
 
 OUT = Path(__file__).with_suffix(".json")
 

@@ -21,15 +21,17 @@ from pathlib import Path
 
 import torch
 
-from flux2pixel import bases, files
+from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
-from flux2pixel.convert.stage import convert
-from flux2pixel.finetune import encode, stage
-from flux2pixel.finetune.cache import INDEX, MANIFEST, Cache, Key, caption_digest
-from flux2pixel.finetune.loader import Loader
-from flux2pixel.finetune.order import Order
-from flux2pixel.finetune.parallel import Team
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.convert.run import convert
+from flux2pixel.data import encode
+from flux2pixel.data.cache import INDEX, MANIFEST, Cache, Key, caption_digest
+from flux2pixel.finetune import run as stage
+from flux2pixel.finetune.data.loader import Loader
+from flux2pixel.finetune.data.order import Order
+from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.runtime import files
+from flux2pixel.subspace.run import fit_subspace
 
 
 def waited_share(steps: int, repeats: int) -> list[float]:

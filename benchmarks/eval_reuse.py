@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from flux2pixel import bases
+from flux2pixel import families as bases
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
 

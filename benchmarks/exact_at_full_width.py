@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases import open_base
-from flux2pixel.bases.base import Base
-from flux2pixel.bases.known import KNOWN
 from flux2pixel.convert.fold import exactness, fold
+from flux2pixel.families import open_base
+from flux2pixel.families.base import Base
+from flux2pixel.families.known import KNOWN
 from flux2pixel.subspace.solvers import polar
 
 STEPS, GRID = 8, (3, 4)

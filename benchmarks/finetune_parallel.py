@@ -27,11 +27,11 @@ import torch.distributed as dist
 from finetune_step import networks, random_batch
 
 from flux2pixel import recipe as recipes
-from flux2pixel.finetune import checkpoint, parallel
-from flux2pixel.finetune.objective import LatentReference, Objective
-from flux2pixel.finetune.parallel import Team, local
-from flux2pixel.finetune.trainable import prepare
-from flux2pixel.finetune.trainer import Trainer
+from flux2pixel.finetune.network import checkpoint, parallel
+from flux2pixel.finetune.network.parallel import Team, local
+from flux2pixel.finetune.network.trainable import prepare
+from flux2pixel.finetune.step.objective import LatentReference, Objective
+from flux2pixel.finetune.step.trainer import Trainer
 
 OUT = Path(__file__).with_suffix(".json")
 IMAGES = 32

@@ -32,13 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2pixel import bases
+from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases.base import Base
 from flux2pixel.convert.fold import fold
-from flux2pixel.finetune.cache import Batch
-from flux2pixel.finetune.objective import (
+from flux2pixel.data.cache import Batch
+from flux2pixel.families.base import Base
+from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.finetune.network.trainable import prepare
+from flux2pixel.finetune.step.objective import (
     LatentReference,
     Objective,
     SharedReference,
@@ -47,9 +49,7 @@ from flux2pixel.finetune.objective import (
     draw,
     original,
 )
-from flux2pixel.finetune.parallel import Team
-from flux2pixel.finetune.trainable import prepare
-from flux2pixel.finetune.trainer import Trainer
+from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.subspace.estimators import polar
 
 CLOCK = [time.process_time]

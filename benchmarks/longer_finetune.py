@@ -16,12 +16,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flux2pixel import files
 from flux2pixel import recipe as recipes
-from flux2pixel.convert.stage import convert
-from flux2pixel.evaluate.stage import evaluate
-from flux2pixel.finetune.stage import finetune
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.convert.run import convert
+from flux2pixel.evaluate.run import evaluate
+from flux2pixel.finetune.run import finetune
+from flux2pixel.runtime import files
+from flux2pixel.subspace.run import fit_subspace
 
 
 def summary(report: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:

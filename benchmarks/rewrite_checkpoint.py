@@ -38,9 +38,9 @@ def make_base(folder: Path, double: int, single: int, shard: float) -> int:
     """Write the base and return the bytes of its transformer; one block of random bytes serves every tensor."""
     from diffusers import Flux2Transformer2DModel
 
-    from flux2pixel.convert.checkpoint import INDEX
     from flux2pixel.convert.plan import class_shapes
-    from flux2pixel.convert.write import header
+    from flux2pixel.weights.checkpoint import INDEX
+    from flux2pixel.weights.write import header
 
     config = KLEIN_9B | {"num_layers": double, "num_single_layers": single}
     transformer = folder / "transformer"
@@ -74,8 +74,8 @@ def make_base(folder: Path, double: int, single: int, shard: float) -> int:
 
 
 def _declare(name: str, shape: tuple[int, ...]):
-    from flux2pixel.convert.checkpoint import Span, Stored
-    from flux2pixel.convert.write import Output
+    from flux2pixel.weights.checkpoint import Span, Stored
+    from flux2pixel.weights.write import Output
 
     return Output(name, "BF16", shape, Stored("BF16", shape, (Span(Path(), 0, 2 * math.prod(shape)),)))
 
@@ -89,7 +89,7 @@ def child(base: str, out: str, link: bool) -> None:
     from flux2pixel.convert.extras import Extras
     from flux2pixel.convert.plan import class_shapes
     from flux2pixel.convert.prepare import prepare
-    from flux2pixel.convert.stage import write_transformer
+    from flux2pixel.convert.run import write_transformer
     from flux2pixel.convert.verify import check_written
     from flux2pixel.recipe import load
     from flux2pixel.subspace.estimators import polar

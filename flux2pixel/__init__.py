@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flux2pixel.asymflow.method import AsymFlow as AsymFlow
-    from flux2pixel.asymflow_pipeline import AsymFlowPipeline as AsymFlowPipeline
+    from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline as AsymFlowPipeline
 
 __version__ = "0.1.0"
 __all__ = ["AsymFlow", "AsymFlowPipeline", "__version__"]
@@ -19,7 +19,7 @@ def __getattr__(name: str):
 
         return AsymFlow
     if name == "AsymFlowPipeline":
-        from flux2pixel.asymflow_pipeline import AsymFlowPipeline
+        from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline
 
         return AsymFlowPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

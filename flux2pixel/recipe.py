@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime.errors import UsageError
 
 
 def _option(

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from flux2pixel import recipe as recipes
-from flux2pixel.convert.stage import convert
+from flux2pixel.convert.run import convert
 from flux2pixel.subspace.estimators import polar
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.weights.subspace import write_subspace
 
 SMALL = [
     "threads=1",

@@ -17,16 +17,16 @@ from peft import LoraConfig
 
 import flux2pixel
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.pipeline import generate, open_model
 from flux2pixel.asymflow.tokens import patchify
-from flux2pixel.asymflow_pipeline import AsymFlowPipeline, klein_mu, pack_basis, unpack_basis
-from flux2pixel.bases import resolve
-from flux2pixel.convert.folder import tune_pipeline
-from flux2pixel.convert.stage import convert
-from flux2pixel.errors import UsageError
+from flux2pixel.convert.run import convert
+from flux2pixel.families import resolve
+from flux2pixel.models.folder import tune_pipeline
+from flux2pixel.models.model import generate, open_model
+from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline, klein_mu, pack_basis, unpack_basis
 from flux2pixel.recipe import Sample, load
+from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.estimators import polar
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.weights.subspace import write_subspace
 
 PROMPT = "a photo of a red circle"
 SIZE = {"height": 32, "width": 48}
@@ -335,16 +335,17 @@ def test_quantised_loading(folder, pipe):
     assert 0 < (draw(small) - draw(pipe)).abs().mean() < 0.1
 
 
-def test_copied_files_are_those_it_imports():
+def test_copied_files_are_those_it_imports(tmp_path):
     """A module that the pipeline comes to need and that is not copied would fail only on someone else's machine."""
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    from flux2pixel.asymflow_pipeline import COPIED
+    from flux2pixel.pipelines.flux2_klein import copy_code
 
-    root = Path(flux2pixel.__file__).parent
-    needed = {name.replace(".", "/") + ".py" for name in get_relative_imports(root / "asymflow_pipeline.py")}
-    assert needed | {"asymflow_pipeline.py"} == set(COPIED)
-    for name in COPIED:
-        text = (root / name).read_text()
-        assert "flux2pixel." not in text.replace("flux2pixel but", "") and "import flux2pixel" not in text, name
-        assert name == "asymflow_pipeline.py" or not get_relative_imports(root / name), name
+    copy_code(tmp_path)
+    needed = {name.replace(".", "/") + ".py" for name in get_relative_imports(tmp_path / "asymflow_pipeline.py")}
+    copied = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")}
+    assert needed | {"asymflow_pipeline.py"} == copied
+    for name in copied:
+        text = (tmp_path / name).read_text()
+        assert "from flux2pixel" not in text and "import flux2pixel" not in text, name
+        assert name == "asymflow_pipeline.py" or not get_relative_imports(tmp_path / name), name

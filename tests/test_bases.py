@@ -7,9 +7,9 @@ import torch
 from families import TINY, write_base
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases import open_base
-from flux2pixel.bases.base import take
 from flux2pixel.convert.fold import exactness, fold
+from flux2pixel.families import open_base
+from flux2pixel.families.base import take
 from flux2pixel.subspace.solvers import polar
 
 FAMILIES = sorted(TINY)

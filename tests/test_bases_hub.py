@@ -11,10 +11,10 @@ import threading
 import pytest
 from families import write_base
 
-from flux2pixel import bases
-from flux2pixel.bases.hub import PARTS
-from flux2pixel.bases.known import KNOWN, table
-from flux2pixel.errors import UsageError
+from flux2pixel import families as bases
+from flux2pixel.families.known import KNOWN, table
+from flux2pixel.models.hub import PARTS
+from flux2pixel.runtime.errors import UsageError
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -97,7 +97,7 @@ def resolve(home, hub, *names, parts=PARTS, **environment):
     """Resolve each name in a process of its own, whose Hub is the given server; prints folders and errors."""
     script = (
         "import sys, huggingface_hub.constants as client\nclient.DOWNLOAD_CHUNK_SIZE = 4096\n"
-        "from flux2pixel.bases import resolve\nfrom flux2pixel.errors import UsageError\n"
+        "from flux2pixel.families import resolve\nfrom flux2pixel.runtime.errors import UsageError\n"
         "for name in sys.argv[1:]:\n"
         f"    try: print('folder', resolve(name, {parts!r}))\n"
         "    except UsageError as error: print('error', error)\n"

@@ -7,9 +7,9 @@ import diffusers
 import pytest
 import torch
 
-from flux2pixel.bases import family_of
-from flux2pixel.bases.known import KNOWN
 from flux2pixel.convert.fold import folded_names
+from flux2pixel.families import family_of
+from flux2pixel.families.known import KNOWN
 
 KEYS = {
     "flux2-klein-4b": 169,

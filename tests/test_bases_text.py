@@ -6,8 +6,8 @@ import torch
 from families import write_base
 from text_encoders import write_text
 
-from flux2pixel.bases import open_base
-from flux2pixel.bases.base import stack, take
+from flux2pixel.families import open_base
+from flux2pixel.families.base import stack, take
 
 FAMILIES = ["flux1-dev", "flux1-schnell", "flux2-dev", "flux3", "qwen-image", "sd3.5-large", "z-image"]
 PROMPTS = ["a photo of two red circle on white", "blue square", "a photo of two red circle on white", ""]

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from flux2pixel import bases
+from flux2pixel import families as bases
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.cli import app
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.finetune import encode
-from flux2pixel.finetune.cache import Cache, Shards
-from flux2pixel.finetune.loader import Loader
-from flux2pixel.finetune.order import Order, units_of
+from flux2pixel.data import encode
+from flux2pixel.data.cache import Cache, Shards
+from flux2pixel.finetune.data.loader import Loader
+from flux2pixel.finetune.data.order import Order, units_of
 from flux2pixel.recipe import load
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from tiny_base import tiny_transformer, write_tiny_base
 from typer.testing import CliRunner
 
-from flux2pixel import files
 from flux2pixel.cli import app
-from flux2pixel.convert import write
-from flux2pixel.convert.checkpoint import Span, Stored, open_checkpoint
 from flux2pixel.convert.extras import Extras
 from flux2pixel.convert.prepare import prepare
-from flux2pixel.convert.stage import convert
-from flux2pixel.convert.write import BLOCK, Output, all_finite
-from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.convert.run import convert
 from flux2pixel.recipe import load
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.subspace.estimators import polar
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.weights import write
+from flux2pixel.weights.checkpoint import Span, Stored, open_checkpoint
+from flux2pixel.weights.subspace import write_subspace
+from flux2pixel.weights.write import BLOCK, Output, all_finite
 
 STEPS = "convert.verify_steps=2"
 
@@ -280,7 +280,7 @@ def test_a_fold_that_went_wrong_on_its_way_to_the_disk_is_caught(tmp_path, base,
             rewrite(path, lambda tensors: tensors["proj_out.weight"].view(-1)[:1].add_(1))
         return result
 
-    monkeypatch.setattr("flux2pixel.convert.stage.write_file", careless)
+    monkeypatch.setattr("flux2pixel.convert.run.write_file", careless)
     with pytest.raises(Flux2PixelError, match=r"proj_out\.weight differs from what was computed"):
         convert(recipe_for(base), tmp_path, subspace)
     assert not (tmp_path / "converted").exists()

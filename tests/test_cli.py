@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from flux2pixel.cli import app
 from flux2pixel.convert.extras import Extras
-from flux2pixel.errors import Flux2PixelError
 from flux2pixel.recipe import load
+from flux2pixel.runtime.errors import Flux2PixelError
 
 COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "export", "inspect", "doctor", "bases"]
 COMMANDS += ["compare", "export-subspace", "cache"]
@@ -36,11 +36,11 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]
     """Stand-ins for the stages, which note how they are called."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for module, name in [
-        ("subspace.stage", "fit_subspace"),
-        ("convert.stage", "convert"),
-        ("finetune.stage", "finetune"),
-        ("evaluate.stage", "evaluate"),
-        ("asymflow.pipeline", "generate"),
+        ("subspace.run", "fit_subspace"),
+        ("convert.run", "convert"),
+        ("finetune.run", "finetune"),
+        ("evaluate.run", "evaluate"),
+        ("models.model", "generate"),
     ]:
         fake = types.ModuleType(f"flux2pixel.{module}")
         setattr(fake, name, lambda *given, name=name: calls.append((name, given)))
@@ -50,7 +50,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import sys, flux2pixel.cli as cli; sys.argv = ['flux2pixel', *sys.argv[1:]]\n"
+        "import sys, flux2pixel.cli.app as cli; sys.argv = ['flux2pixel', *sys.argv[1:]]\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
@@ -193,7 +193,7 @@ def test_failures_are_one_line_unless_debug(
     def fail(*given: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["flux2pixel.convert.stage"], "convert", fail)
+    monkeypatch.setattr(sys.modules["flux2pixel.convert.run"], "convert", fail)
     assert_one_line(invoke("convert", "--run", tmp_path), 1, said)
     result = invoke("convert", "--run", tmp_path, "--debug")
     assert result.exit_code == 1 and "Traceback" in result.stderr

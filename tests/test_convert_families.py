@@ -7,15 +7,15 @@ import pytest
 import torch
 from families import TINY, write_base
 
-from flux2pixel.bases import open_base
 from flux2pixel.convert import verify
 from flux2pixel.convert.fold import fold_in, fold_out
 from flux2pixel.convert.plan import class_shapes
-from flux2pixel.convert.stage import convert
-from flux2pixel.errors import UsageError
+from flux2pixel.convert.run import convert
+from flux2pixel.families import open_base
 from flux2pixel.recipe import load
-from flux2pixel.subspace.file import read_subspace, write_subspace
+from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.solvers import polar
+from flux2pixel.weights.subspace import read_subspace, write_subspace
 
 
 def run(tmp_path, name, **changes):

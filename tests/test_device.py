@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flux2pixel import device
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.pipeline import LatentModel, PixelModel, open_model, seeded_noise
-from flux2pixel.bases import open_base, resolve
+from flux2pixel.families import open_base, resolve
+from flux2pixel.models.model import LatentModel, PixelModel, open_model, seeded_noise
 from flux2pixel.recipe import load
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.runtime import device
+from flux2pixel.weights.subspace import write_subspace
 
 CUDA = torch.device("cuda", 0)
 

@@ -7,11 +7,11 @@ import pytest
 from parity import answers
 from PIL import Image
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate import dpg_bench
 from flux2pixel.evaluate.dpg_bench.questions import COLUMNS, git_blob
 from flux2pixel.evaluate.dpg_bench.scoring import gate, parse
 from flux2pixel.evaluate.suite import Record
+from flux2pixel.runtime.errors import UsageError
 
 
 def row(item, number, dependency="0", category="entity - whole (x)"):

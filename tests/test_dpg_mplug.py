@@ -8,10 +8,10 @@ import torch
 from parity import SHARED, answers
 from safetensors.torch import load_file, save_file
 
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.dpg_bench import judges
 from flux2pixel.evaluate.dpg_bench.beam import search
 from flux2pixel.evaluate.dpg_bench.mplug import Config
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 ENGLISH = ["is", "the", "dog", "red", "?", "a", "there", "cat", "on", "left", "of"]
 TIED = "text_decoder.cls.predictions.decoder.weight"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flux2pixel.asymflow.pipeline import open_model, seeded_noise
 from flux2pixel.cli import app
 from flux2pixel.miniature import world
+from flux2pixel.models.model import open_model, seeded_noise
 from flux2pixel.recipe import load
 
 SMALL = (
@@ -58,7 +58,7 @@ def test_the_converted_model_draws_what_the_base_drew(run):
 
 
 def world_base():
-    from flux2pixel import bases
+    from flux2pixel import families as bases
 
     return bases.resolve("klein-tiny")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_fidelity import blurred, textured
 
-from flux2pixel.evaluate import features
+from flux2pixel.evaluate.fidelity import distances as features
 
 
 def gaussian(n: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:

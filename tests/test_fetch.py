@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.evaluate import convert_assets, fetch, open_scorers
+from flux2pixel.evaluate import open_scorers
+from flux2pixel.evaluate.assets import convert as convert_assets
+from flux2pixel.evaluate.assets import fetch
+from flux2pixel.evaluate.assets.fetch import Assets, Source
 from flux2pixel.evaluate.dpg_bench.questions import GIT_BLOB, git_blob
-from flux2pixel.evaluate.fetch import Assets, Source
 from flux2pixel.evaluate.hpsv3 import inputs
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 class Ranged(http.server.SimpleHTTPRequestHandler):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import uniform_filter
 
-from flux2pixel.evaluate import fidelity
+from flux2pixel.evaluate.fidelity import measures as fidelity
 
 
 def textured(n: int = 24, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux2pixel import files
+from flux2pixel.runtime import files
 
 
 def mode(path: Path) -> int:

@@ -8,21 +8,23 @@ import torch
 from finetuning import LORA, small
 from safetensors.torch import load_file
 
-from flux2pixel import bases, files
+from flux2pixel import families as bases
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.finetune import checkpoint, stage
-from flux2pixel.finetune.cache import Batch, Cache
-from flux2pixel.finetune.ema import PowerEma
-from flux2pixel.finetune.export import write_weights
+from flux2pixel.data.cache import Batch, Cache
+from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.loss import flow_matching, variance_reduction
-from flux2pixel.finetune.objective import LatentReference, Objective, SharedReference, draw
-from flux2pixel.finetune.perceptual import load_lpips, perceptual
-from flux2pixel.finetune.quantise import Int8Linear
-from flux2pixel.finetune.trainable import lora_modules, merged, prepare, split
+from flux2pixel.finetune.network import checkpoint
+from flux2pixel.finetune.network.export import write_weights
+from flux2pixel.finetune.network.quantise import Int8Linear
+from flux2pixel.finetune.network.trainable import lora_modules, merged, prepare, split
+from flux2pixel.finetune.step.ema import PowerEma
+from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, draw
+from flux2pixel.finetune.step.perceptual import load_lpips, perceptual
 from flux2pixel.finetune.validation import hold_out
 from flux2pixel.recipe import dumps, load
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.subspace.estimators import polar
 
 FILE = "diffusion_pytorch_model.safetensors"

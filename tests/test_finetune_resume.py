@@ -7,10 +7,11 @@ import pytest
 import torch
 from finetuning import LORA, python, small, weights
 
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.finetune import checkpoint, stage
-from flux2pixel.finetune.parallel import Team
-from flux2pixel.finetune.trainer import Trainer
+from flux2pixel.finetune import run as stage
+from flux2pixel.finetune.network import checkpoint
+from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 ALONE = Team(0, 1, torch.device("cpu"))
 

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux2pixel.cli import app
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.recipe import Recipe, load
-from flux2pixel.subspace.file import read_subspace
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.subspace.run import fit_subspace
 from flux2pixel.subspace.strata import read_strata
+from flux2pixel.weights.subspace import read_subspace
 
 REPORT = [
     "subspace.json",
@@ -251,8 +251,8 @@ def test_the_references_file_goes_in_and_out(base, photos, tmp_path):
 
 
 def test_a_training_cache_is_a_source(photos, tmp_path):
-    from flux2pixel import bases
-    from flux2pixel.finetune import encode
+    from flux2pixel import families as bases
+    from flux2pixel.data import encode
 
     wanted = [f'data.source="{photos}"', "finetune.images=0", "data.resolution=32", 'data.dtype="fp32"', "threads=1"]
     encode.make(load(None, wanted), tmp_path, bases.open_base("klein-tiny"))

@@ -12,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2pixel import bases
-from flux2pixel.errors import UsageError
-from flux2pixel.evaluate import generate, layout, models, png
+from flux2pixel import families as bases
+from flux2pixel.evaluate import columns as models
+from flux2pixel.evaluate import drawing as generate
+from flux2pixel.evaluate import layout, png
 from flux2pixel.evaluate.digests import Digests
-from flux2pixel.evaluate.generate import Clock, Order
+from flux2pixel.evaluate.drawing import Clock, Order
 from flux2pixel.evaluate.ledger import Entry, Ledger
-from flux2pixel.evaluate.stage import evaluate
+from flux2pixel.evaluate.run import evaluate
 from flux2pixel.evaluate.suite import Prompt, Record
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.recipe import load
+from flux2pixel.runtime.errors import UsageError
 
 SMALL = ["eval.prompts=6", "eval.samples=2", "eval.fidelity_images=12", "sample.steps=2", "eval.batch=4", "threads=1"]
 PROMPTS = [Prompt(f"{i:05d}", f"prompt {i}", "tag", 4, {"n": i}) for i in range(5)]
@@ -155,8 +157,8 @@ def test_each_prompt_is_encoded_once() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a subspace and a converted model."""
-    from flux2pixel.convert.stage import convert
-    from flux2pixel.subspace.stage import fit_subspace
+    from flux2pixel.convert.run import convert
+    from flux2pixel.subspace.run import fit_subspace
 
     folder = tmp_path_factory.mktemp("run")
     recipe = load(None, ["fit_subspace.images=300", "convert.verify_steps=2"])
@@ -174,11 +176,11 @@ def test_a_rerun_does_no_model_work(run: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a model was opened, or an image judged or measured, again")
 
     for place in (
-        "flux2pixel.evaluate.models.FlowDrawer",
+        "flux2pixel.evaluate.columns.FlowDrawer",
         "flux2pixel.miniature.detector.detect",
-        "flux2pixel.evaluate.reference.measure",
-        "flux2pixel.evaluate.reference.renders",
-        "flux2pixel.evaluate.reference.through_vae",
+        "flux2pixel.evaluate.fidelity.reference.measure",
+        "flux2pixel.evaluate.fidelity.reference.renders",
+        "flux2pixel.evaluate.fidelity.reference.through_vae",
     ):
         monkeypatch.setattr(place, never)
     evaluate(recipe, run, out=run / "two.html")

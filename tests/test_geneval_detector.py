@@ -8,11 +8,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Mask2FormerConfig, SwinConfig
 
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.geneval import CLASSES, COLORS, checkpoint, colors, mask2former, prompts
 from flux2pixel.evaluate.geneval.mask2former import Prepared, postprocess, preprocess
 from flux2pixel.evaluate.geneval.scorer import GenEval
 from flux2pixel.evaluate.suite import Sample
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 TINY_SWIN = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 7, "mlp_ratio": 4.0}
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

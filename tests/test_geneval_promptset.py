@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.geneval import promptset
+from flux2pixel.runtime.errors import UsageError
 
 
 def test_the_generator_makes_the_official_bytes():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.geneval import CLASSES, COLORS, iou, judge, keep, relations
+from flux2pixel.runtime.errors import UsageError
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity" / "geneval.json"
 ONE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig
 
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate import hpsv3
 from flux2pixel.evaluate.hpsv3 import benchmark, inputs, model
 from flux2pixel.evaluate.suite import Record, Sample
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 def instruction():

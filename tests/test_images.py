@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.images import Buckets, Rules, Tally, Unreadable, open_source, stream
-from flux2pixel.images.decode import decode, read_bytes
+from flux2pixel.data import Buckets, Rules, Tally, Unreadable, open_source, stream
+from flux2pixel.data.decode import decode, read_bytes
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -431,7 +431,7 @@ def test_a_fit_takes_the_latents_beside_the_pictures(tmp_path, monkeypatch):
     """The sums are those of the VAE's own latents, and the VAE is not asked."""
     from safetensors.torch import save_file
 
-    from flux2pixel import bases
+    from flux2pixel import families as bases
     from flux2pixel.recipe import load
     from flux2pixel.subspace.gather import gather
     from flux2pixel.subspace.processes import Processes

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.inspection import doctor, inspect, read_header
+from flux2pixel.cli.inspection import doctor, inspect, read_header
 from flux2pixel.recipe import Recipe, load
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 def safetensors(header: dict[str, Any], data: bytes = b"") -> bytes:
@@ -93,7 +93,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
 
 def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    monkeypatch.setattr("flux2pixel.inspection._PACKAGES", ("typer",))
+    monkeypatch.setattr("flux2pixel.cli.inspection._PACKAGES", ("typer",))
     report, problems = doctor(Recipe(), tmp_path / "run")
     assert "typer" in report and "can run here" in report and not problems
     blocked = tmp_path / "file"

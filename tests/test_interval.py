@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flux2pixel.evaluate.interval import mean_interval, paired_difference, tag_mean_interval
+from flux2pixel.evaluate.statistics import mean_interval, paired_difference, tag_mean_interval
 
 
 def verdicts(prompts: int, seed: int, images: int = 4) -> list[list[bool]]:

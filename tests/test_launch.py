@@ -10,8 +10,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from flux2pixel import launch
-from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime import launch
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 @pytest.fixture
@@ -90,6 +90,7 @@ def test_pooled_work_comes_back_in_order_and_is_counted():
 
 
 def test_a_launched_process_leaves_with_its_code_and_its_exit_functions_run() -> None:
-    script = "import atexit, sys; from flux2pixel.launch import leave; atexit.register(print, 'kept'); print('said')\n"
-    done = subprocess.run([sys.executable, "-c", script + "leave(3)"], capture_output=True, text=True)
+    script = "import atexit, sys; from flux2pixel.runtime.launch import leave\n"
+    script += "atexit.register(print, 'kept'); print('said')\nleave(3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "said\nkept\n"), done.stderr

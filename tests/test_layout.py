@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate import layout, png
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.stage import evaluate
+from flux2pixel.evaluate.run import evaluate
 from flux2pixel.evaluate.suite import Prompt
 from flux2pixel.evaluate.suites import open_suites
 from flux2pixel.miniature import world
 from flux2pixel.recipe import load
+from flux2pixel.runtime.errors import UsageError
 
 PROMPTS = [Prompt(f"{i:05d}", f"prompt {i}", "tag", 4, {"n": i}) for i in range(3)]
 ITEMS = [Prompt(f"item{i}", f"prompt {i}", "tag", 4) for i in range(3)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flux2pixel import AsymFlow
-from flux2pixel.asymflow import color, sampler, schedule, tokens
+from flux2pixel.asymflow import color, schedule, tokens
+from flux2pixel.asymflow import solvers as sampler
 from flux2pixel.subspace.estimators import polar
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from flux2pixel import bases
-from flux2pixel.bases.flux2 import Flux2
+from flux2pixel import families as bases
 from flux2pixel.evaluate.geneval import judge
+from flux2pixel.families.flux2 import Flux2
 from flux2pixel.miniature import detector, world
 
 FOLDER = bases.ALIASES["klein-tiny"]

@@ -9,13 +9,13 @@ from families import write_base
 from text_encoders import write_text
 
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.asymflow.pipeline import LatentModel, load_pixel_model, seeded_noise
-from flux2pixel.bases import open_base
-from flux2pixel.bases.base import take
-from flux2pixel.convert.stage import convert
+from flux2pixel.convert.run import convert
+from flux2pixel.families import open_base
+from flux2pixel.families.base import take
+from flux2pixel.models.model import LatentModel, load_pixel_model, seeded_noise
 from flux2pixel.recipe import load
-from flux2pixel.subspace.file import read_subspace, write_subspace
 from flux2pixel.subspace.solvers import polar
+from flux2pixel.weights.subspace import read_subspace, write_subspace
 
 FAMILIES = ["flux1-dev", "flux2-dev", "flux3", "qwen-image", "sd3.5-medium", "z-image"]
 

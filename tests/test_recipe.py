@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flux2pixel.bases import ALIASES
-from flux2pixel.bases.known import KNOWN
-from flux2pixel.errors import UsageError
+from flux2pixel.families import ALIASES
+from flux2pixel.families.known import KNOWN
 from flux2pixel.recipe import Recipe, as_dict, dumps, load, setting
+from flux2pixel.runtime.errors import UsageError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.evaluate.report import Gallery, write_report
-from flux2pixel.evaluate.report_page import data_uri
+from flux2pixel.evaluate.report.build import Gallery, write_report
+from flux2pixel.evaluate.report.page import data_uri
 from flux2pixel.evaluate.suite import Prompt, Sample
 
 MODELS = ("base", "converted", "finetuned")
@@ -220,7 +220,7 @@ def test_a_sheet_is_drawn_once(tmp_path: Path) -> None:
 
 
 def test_grids_are_cut_and_large_images_made_small(tmp_path: Path) -> None:
-    from flux2pixel.evaluate.sheets import SIDE, thumbnail
+    from flux2pixel.evaluate.report.sheets import SIDE, thumbnail
 
     pixels = np.zeros((512, 512, 3), np.uint8)
     pixels[256:, :256] = (255, 0, 0)

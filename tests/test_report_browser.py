@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_report import demonstration
 
-from flux2pixel.evaluate.report import write_report
+from flux2pixel.evaluate.report.build import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = [

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate import figures
 from flux2pixel.evaluate.suite import Prompt, Record, Sample, read_ahead, read_rgb
 from flux2pixel.miniature import judge, world
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 PROMPTS = [Prompt("a", "one", "x", 2), Prompt("b", "two", "x", 2), Prompt("c", "three", "y", 1)]
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from flux2pixel.bases import resolve
 from flux2pixel.cli import app
 from flux2pixel.evaluate import open_scorers
-from flux2pixel.evaluate.comparable import comparable
 from flux2pixel.evaluate.dpg_bench.questions import COLUMNS
 from flux2pixel.evaluate.hpsv3 import CATEGORIES, Hpsv3
+from flux2pixel.evaluate.report.comparable import comparable
+from flux2pixel.families import resolve
 from flux2pixel.recipe import load
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.subspace.run import fit_subspace
 
 SMALL = ["eval.samples=4", "eval.fidelity_images=8", "sample.steps=2", "threads=1"]
 

@@ -13,15 +13,18 @@ from safetensors.torch import save_file
 from test_fidelity import blurred, textured
 from typer.testing import CliRunner
 
-from flux2pixel.bases import resolve
 from flux2pixel.cli import app
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.evaluate import features, fetch, fidelity, networks, streamed
-from flux2pixel.evaluate.networks import Networks
+from flux2pixel.evaluate.assets import fetch
+from flux2pixel.evaluate.fidelity import distances as features
+from flux2pixel.evaluate.fidelity import measures as fidelity
+from flux2pixel.evaluate.fidelity import networks, streamed
+from flux2pixel.evaluate.fidelity.networks import Networks
+from flux2pixel.evaluate.fidelity.true_images import CROP, TrueImages, TrueSet, crops
 from flux2pixel.evaluate.suite import Prompt, Sample
-from flux2pixel.evaluate.true_images import CROP, TrueImages, TrueSet, crops
+from flux2pixel.families import resolve
 from flux2pixel.recipe import load
-from flux2pixel.subspace.stage import fit_subspace
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.subspace.run import fit_subspace
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,16 @@ import torch
 from finetuning import LORA, small
 from torch.distributed.tensor import DTensor
 
-from flux2pixel.errors import Flux2PixelError
-from flux2pixel.finetune import checkpoint, encode, parallel, stage
-from flux2pixel.finetune.cache import Cache
-from flux2pixel.finetune.ema import PowerEma
-from flux2pixel.finetune.loader import Loader
-from flux2pixel.finetune.order import Order
-from flux2pixel.finetune.trainer import Trainer
-from flux2pixel.launch import leave
+from flux2pixel.data import encode
+from flux2pixel.data.cache import Cache
+from flux2pixel.finetune import run as stage
+from flux2pixel.finetune.data.loader import Loader
+from flux2pixel.finetune.data.order import Order
+from flux2pixel.finetune.network import checkpoint, parallel
+from flux2pixel.finetune.step.ema import PowerEma
+from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.launch import leave
 
 
 def kills(run: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel import __version__, bases, files
-from flux2pixel.bases.base import Base, read_config
-from flux2pixel.convert import bfl
-from flux2pixel.convert.adapter import BASIS, SCALE, Adapter, read_adapter
-from flux2pixel.convert.checkpoint import DTYPES, Checkpoint, Stored, check_names, open_checkpoint
-from flux2pixel.convert.write import Output, write_file
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.progress import bar, say
+from flux2pixel import __version__
+from flux2pixel import families as bases
+from flux2pixel.families.base import Base, read_config
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.progress import bar, say
+from flux2pixel.weights import bfl
+from flux2pixel.weights.adapter import BASIS, SCALE, Adapter, read_adapter
+from flux2pixel.weights.checkpoint import DTYPES, Checkpoint, Stored, check_names, open_checkpoint
+from flux2pixel.weights.write import Output, write_file
 
 FORMATS = ("adapter", "lora", "bfl")
 RELEASED_CLASS = "AsymFlux2Transformer2DModel"

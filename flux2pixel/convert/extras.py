@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux2pixel import device
-from flux2pixel.bases.base import Base
-from flux2pixel.progress import say
+from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe, dumps
-from flux2pixel.subspace.file import write_subspace
+from flux2pixel.runtime import device
+from flux2pixel.runtime.progress import say
 from flux2pixel.subspace.gather import vae_digest
+from flux2pixel.subspace.run import prior_moments
 from flux2pixel.subspace.solvers import procrustes
-from flux2pixel.subspace.stage import prior_moments
+from flux2pixel.weights.subspace import write_subspace
 
 
 def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.sampler import euler
-from flux2pixel.bases.base import Order, Projections
-from flux2pixel.errors import UsageError
+from flux2pixel.asymflow.solvers import euler
+from flux2pixel.families.base import Order, Projections
+from flux2pixel.runtime.errors import UsageError
 
 Network = Callable[[Tensor, Tensor], Tensor]
 RGB = 3  # channels of a pixel token

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel.bases.base import Base
-from flux2pixel.convert.checkpoint import DTYPES, SINGLE, Checkpoint, Stored
 from flux2pixel.convert.fold import fold_tensor, folded_names
-from flux2pixel.convert.write import Output
-from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.families.base import Base
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.weights.checkpoint import DTYPES, SINGLE, Checkpoint, Stored
+from flux2pixel.weights.write import Output
 
 SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 WEIGHTS = (".safetensors",)  # large files, which --link may link; small ones are copied so that editing is safe

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux2pixel import bases
+from flux2pixel import families as bases
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases.base import Base, read_config, stock_config
-from flux2pixel.convert import bfl
-from flux2pixel.convert.adapter import BASIS, Adapter, merge, read_adapter
-from flux2pixel.convert.checkpoint import Checkpoint, check_names, open_checkpoint
 from flux2pixel.convert.extras import Extras
-from flux2pixel.convert.folder import companion_parts
 from flux2pixel.convert.plan import Plan, as_they_are, class_shapes, find_companions, fold_outputs, make_plan
-from flux2pixel.convert.write import Output
-from flux2pixel.errors import Flux2PixelError, UsageError
-from flux2pixel.progress import say
+from flux2pixel.families.base import Base, read_config, stock_config
+from flux2pixel.models.folder import companion_parts
 from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.progress import say
+from flux2pixel.weights import bfl
+from flux2pixel.weights.adapter import BASIS, Adapter, merge, read_adapter
+from flux2pixel.weights.checkpoint import Checkpoint, check_names, open_checkpoint
+from flux2pixel.weights.write import Output
 
 SAFETENSORS_DTYPES = {"keep": "keep", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 

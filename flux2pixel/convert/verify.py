@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.bases.base import Base, stock_config
-from flux2pixel.convert.checkpoint import Checkpoint, Stored, check_names, open_checkpoint, refuse
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.convert.plan import Plan, class_shapes
-from flux2pixel.convert.write import Output
+from flux2pixel.families.base import Base, stock_config
+from flux2pixel.weights.checkpoint import Checkpoint, Stored, check_names, open_checkpoint, refuse
+from flux2pixel.weights.write import Output
 
 STORED_STEPS = 8  # enough to see what rounding costs
 GRID = (2, 3)  # tokens; an odd aspect ratio

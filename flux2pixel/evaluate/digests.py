@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from flux2pixel import files
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import UsageError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = (".json", ".txt", ".model", ".jinja", ".csv", ".yaml")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flux2pixel.errors import UsageError
-from flux2pixel.evaluate.interval import mean_interval, tag_mean_interval
+from flux2pixel.evaluate.statistics import mean_interval, tag_mean_interval
 from flux2pixel.evaluate.suite import Prompt, Record
+from flux2pixel.runtime.errors import UsageError
 
 
 def by_prompt(prompts: Sequence[Prompt], records: Iterable[Record]) -> dict[str, list[Record]]:

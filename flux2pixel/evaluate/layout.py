@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux2pixel import files
 from flux2pixel.evaluate import png
 from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.runtime import files
 
 GRID = 2  # samples along a side of DPG-Bench's grid
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

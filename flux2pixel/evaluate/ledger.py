@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2pixel import files
 from flux2pixel.evaluate.suite import Record
+from flux2pixel.runtime import files
 
 Key = tuple[str, str, str, int]  # digest of the image, digest of the scorer, prompt id, sample index
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flux2pixel import files
 from flux2pixel.evaluate.png import settings_digest
+from flux2pixel.runtime import files
 
 
 class Memo:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flux2pixel import files
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 def geneval_prompts(metadata: Path | None = None) -> list[Prompt]:
@@ -93,7 +93,7 @@ def hpsv3(assets: Path, device: str, prompts: Sequence[Prompt], script_text: boo
     folder = assets / "hpsv3"
     digest = {}
     if (assets / "digests.json").is_file():
-        from flux2pixel.evaluate.fetch import HPSV3, Assets
+        from flux2pixel.evaluate.assets.fetch import HPSV3, Assets
 
         digest = {"source_sha256": Assets(assets).digests.get(HPSV3.name, "not fetched here")}
     reward = model.load(folder / "HPSv3.safetensors", folder / "qwen2-vl", folder / "instruction.txt", device, digest)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel import files
+from flux2pixel.runtime import files
 
 KEY = "flux2pixel"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

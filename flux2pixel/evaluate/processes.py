@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from flux2pixel.launch import rank, world_size
+from flux2pixel.runtime.launch import rank, world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for the slowest process; a dead one is noticed by torchrun, not by this

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flux2pixel import __version__
-from flux2pixel.evaluate.interval import mean_interval, tag_mean_interval
-from flux2pixel.evaluate.report_tables import KEYS
+from flux2pixel.evaluate.report.tables import KEYS
 from flux2pixel.evaluate.run_suite import Outcome
+from flux2pixel.evaluate.statistics import mean_interval, tag_mean_interval
 from flux2pixel.evaluate.suite import Prompt, Record
 from flux2pixel.evaluate.suites import Suite
 from flux2pixel.recipe import Recipe

@@ -8,19 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flux2pixel import files
-from flux2pixel.errors import UsageError
-from flux2pixel.evaluate import generate, layout
+from flux2pixel.evaluate import drawing as generate
+from flux2pixel.evaluate import layout
+from flux2pixel.evaluate.columns import Candidate
 from flux2pixel.evaluate.digests import Digests
-from flux2pixel.evaluate.generate import Clock, Drawer, Order
+from flux2pixel.evaluate.drawing import Clock, Drawer, Order
 from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.evaluate.ledger import Ledger
-from flux2pixel.evaluate.models import Candidate
 from flux2pixel.evaluate.processes import Processes
 from flux2pixel.evaluate.scoring import Scoring, record_key
 from flux2pixel.evaluate.suite import Record, Sample
 from flux2pixel.evaluate.suites import Suite
-from flux2pixel.progress import bar, say
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.progress import bar, say
 
 SHOWN = 20  # faults printed one by one; the rest is counted
 

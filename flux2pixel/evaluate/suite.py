@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from flux2pixel.errors import Flux2PixelError
+from flux2pixel.runtime.errors import Flux2PixelError
 
 T = TypeVar("T")
 Rgb = np.ndarray  # (H, W, 3) uint8

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel.errors import UsageError
+from flux2pixel.data import open_source
 from flux2pixel.evaluate import open_scorers
+from flux2pixel.evaluate.assets.fetch import default_folder
 from flux2pixel.evaluate.digests import Digests
-from flux2pixel.evaluate.fetch import default_folder
-from flux2pixel.evaluate.generate import Size
+from flux2pixel.evaluate.drawing import Size
 from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.png import settings_digest
 from flux2pixel.evaluate.suite import Prompt, Scorer
-from flux2pixel.images import open_source
 from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import UsageError
 
 MINIATURE = "klein-tiny"
 NO_TRUTH = "no true images to compare with; name a folder of them with --reference (eval.reference)"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flux2pixel.bases.base import Conditioning, stack
+from flux2pixel.families.base import Conditioning, stack
 
 BUDGET = 8 << 30  # bytes held; GenEval's 553 prompts of a 9B model's encoder take 7 GB
 AHEAD = 64  # prompts encoded together

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from flux2pixel import files
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import UsageError
 
 Track = Callable[[int, Mapping[str, float]], None]
 

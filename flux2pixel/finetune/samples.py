@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux2pixel import files
-from flux2pixel.asymflow.pipeline import PixelModel, seeded_noise, to_bytes
-from flux2pixel.bases.base import Base, Conditioning, take
+from flux2pixel.families.base import Base, Conditioning, take
+from flux2pixel.models.model import PixelModel, seeded_noise, to_bytes
+from flux2pixel.runtime import files
 
 TEXT = "prompts.safetensors"
 

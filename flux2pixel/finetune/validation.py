@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flux2pixel.asymflow import schedule
-from flux2pixel.finetune.cache import Batch, Cache
+from flux2pixel.data.cache import Batch, Cache
 from flux2pixel.finetune.loss import flow_matching
-from flux2pixel.finetune.objective import VALIDATION, Objective, seeded
-from flux2pixel.finetune.parallel import Team
+from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.finetune.step.objective import VALIDATION, Objective, seeded
 from flux2pixel.recipe import Recipe
 
 BINS = 8

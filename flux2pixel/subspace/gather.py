@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux2pixel import files
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.bases.base import Base
-from flux2pixel.errors import Flux2PixelError
-from flux2pixel.images import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
-from flux2pixel.progress import bar, say
+from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
+from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.progress import bar, say
 from flux2pixel.subspace.cached import Pairs, cached_pairs, is_cache
 from flux2pixel.subspace.processes import Processes
 from flux2pixel.subspace.strata import Strata, read_strata, write_strata

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from flux2pixel import device, launch
-from flux2pixel.images import Tally
+from flux2pixel.data import Tally
+from flux2pixel.runtime import device, launch
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.strata import LEVELS, Strata
 

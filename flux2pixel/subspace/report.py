@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2pixel import files
 from flux2pixel.asymflow import color
-from flux2pixel.progress import say
+from flux2pixel.runtime import files
+from flux2pixel.runtime.progress import say
 
 # Residuals of bases whose conversions were looked at: 0.31 kept the colours of the latent model, 0.60 did not.
 GOOD, DOUBTFUL = 0.4, 0.6

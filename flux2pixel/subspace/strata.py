@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flux2pixel import files
-from flux2pixel.errors import Flux2PixelError
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.subspace.moments import FORMAT, Moments
 
 LEVELS = 6  # the smallest nested subset is 1/32 of the images

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2pixel import files
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.dpg_bench.beam import search
 from flux2pixel.evaluate.dpg_bench.mplug import Config, MPlug
 from flux2pixel.evaluate.precision import exact_float32
 from flux2pixel.evaluate.suite import Rgb
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 QUESTION_TOKENS = 25

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.runtime.errors import UsageError
 
 GIT_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"
 COLUMNS = (

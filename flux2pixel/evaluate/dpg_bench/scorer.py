@@ -11,7 +11,7 @@ from flux2pixel.evaluate import figures
 from flux2pixel.evaluate.dpg_bench.judges import Vqa
 from flux2pixel.evaluate.dpg_bench.questions import CROPS, GIT_BLOB
 from flux2pixel.evaluate.dpg_bench.scoring import Score, parse, score, score_item
-from flux2pixel.evaluate.interval import mean_interval
+from flux2pixel.evaluate.statistics import mean_interval
 from flux2pixel.evaluate.suite import Prompt, Record, Sample, read_ahead, read_rgb
 
 PROTOCOL = "ELLA@3c228f1 dpg_bench"

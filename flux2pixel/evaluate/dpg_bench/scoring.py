@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime.errors import UsageError
 
 YES = "yes"
 Answers = Mapping[Any, str]  # question id, as a number or its text -> answer

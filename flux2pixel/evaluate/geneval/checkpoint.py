@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2pixel import files
-from flux2pixel.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 # Recomputed by the class, or of the loss alone: nothing that the outputs depend on.
 NOT_IN_CHECKPOINT = ("criterion.empty_weight", "encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")
@@ -161,7 +161,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Any:
     """Open a folder written by `save` as transformers' model in float32; Flux2PixelError unless every key fits."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from flux2pixel.progress import hush
+    from flux2pixel.runtime.progress import hush
 
     if not (folder / "model.safetensors").is_file():
         raise UsageError(f"{folder}: no converted detector there; `flux2pixel eval --suite geneval --fetch` makes it")

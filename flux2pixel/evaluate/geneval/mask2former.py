@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.geneval.colors import ColorClassifier
 from flux2pixel.evaluate.geneval.promptset import CLASSES
 from flux2pixel.evaluate.geneval.verdict import Box
 from flux2pixel.evaluate.precision import exact_float32
 from flux2pixel.evaluate.suite import Rgb
+from flux2pixel.runtime.errors import UsageError
 
 LONG, SHORT, DIVISOR, PADDING = 1333, 800, 32, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 8-bit levels

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.geneval.verdict import COLORS
 from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.runtime.errors import UsageError
 
 SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 SAMPLES = 4

@@ -15,7 +15,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from flux2pixel.errors import UsageError
+from flux2pixel.runtime.errors import UsageError
 
 Box = tuple[float, float, float, float]
 Detection = Sequence[float]  # x1, y1, x2, y2, score

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.runtime.errors import UsageError
 
 CATEGORIES = (
     "Characters",

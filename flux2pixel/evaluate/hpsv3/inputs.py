@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2pixel.errors import UsageError
 from flux2pixel.evaluate.suite import Rgb
+from flux2pixel.runtime.errors import UsageError
 
 INSTRUCTION_SHA256 = "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a"
 PLACEHOLDER = "{text_prompt}"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2pixel import files
-from flux2pixel.errors import Flux2PixelError, UsageError
 from flux2pixel.evaluate.hpsv3 import inputs
 from flux2pixel.evaluate.precision import exact_float32
 from flux2pixel.evaluate.suite import Rgb
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 UNUSED = "lm_head.weight"  # in the checkpoint, of no effect on the score
 

@@ -1,0 +1,226 @@
+"""Say what a safetensors file or a model folder is, from its header alone, and what this machine is.
+
+The header is read by hand: no tensor is loaded, and a broken file gets a sentence, not a stack trace.
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+_BITS |= {"I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
+_SHOWN = 40  # tensors listed one by one
+_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "typer")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file declares: its metadata, and by tensor name dtype and shape, first and last byte."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    spans: dict[str, tuple[int, int]]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file and check it against the file's length.
+
+    Raises ``Flux2PixelError`` naming the file when it is truncated or not safetensors.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8:
+            raise Flux2PixelError(f"{path}: not a safetensors file: only {size} bytes; download or write it again")
+        if length > _MAX_HEADER or length < 2:
+            raise Flux2PixelError(f"{path}: not a safetensors file: its first 8 bytes are no header length")
+        raw = file.read(length)
+    if len(raw) < length:
+        # A file of another format has arbitrary bytes where the header would open with a brace.
+        if not raw.startswith(b"{"):
+            raise Flux2PixelError(f"{path}: not a safetensors file: no header after its first 8 bytes")
+        raise Flux2PixelError(f"{path}: truncated: its header has {length} bytes, {len(raw)} are there; get it again")
+    try:
+        entries = json.loads(raw)
+        notes = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        tensors = {name: _tensor(entry) for name, entry in entries.items()}
+        spans = {name: _span(entry, 8 + length) for name, entry in entries.items()}
+        end = max((last for _, last in spans.values()), default=8 + length) - 8 - length
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise Flux2PixelError(f"{path}: not a safetensors file: its header is malformed") from error
+    found = size - 8 - length
+    if found < end:
+        raise Flux2PixelError(f"{path}: truncated: tensors need {end} bytes, {found} are there; get it again")
+    if found > end:
+        raise Flux2PixelError(f"{path}: damaged: {found - end} bytes after the last tensor; get it again")
+    ordered = sorted(spans.values())
+    if any(before[1] != after[0] for before, after in pairwise([(0, 8 + length), *ordered])):
+        raise Flux2PixelError(f"{path}: damaged: its tensors overlap or leave gaps; get it again")
+    return Header(notes, tensors, spans)
+
+
+def inspect(file: Path) -> str:
+    """Describe a safetensors file, or a folder with ``asymflow.json``, ``conversion.json`` or a diffusers model.
+
+    Raises ``UsageError`` when ``file`` is missing and ``Flux2PixelError`` when it cannot be understood.
+    """
+    if not file.exists():
+        raise UsageError(f"{file}: no such file or folder; check the path")
+    return _inspect_folder(file) if file.is_dir() else _inspect_file(file)
+
+
+def equals_its_base(folder: Path) -> bool:
+    """Whether a pixel model was converted and nothing more: neither finetuned nor given an adapter."""
+    record = folder / "conversion.json"
+    trained = (folder / "finetune.json").is_file()
+    return not trained and record.is_file() and "adapter_sha256" not in json.loads(record.read_text())
+
+
+def _inspect_file(path: Path) -> str:
+    if path.suffix in (".pth", ".pt"):
+        return _inspect_reference(path)
+    header = read_header(path)
+    kind = header.metadata.get("format", "safetensors")
+    lines = [f"{path}: {kind}, {_amounts(header.parameters, path.stat().st_size)}, {len(header.tensors)} tensors"]
+    lines += _table("metadata", header.metadata)
+    lines.append("tensors")
+    for name, (dtype, shape) in list(header.tensors.items())[:_SHOWN]:
+        lines.append(f"  {name}  {dtype}  ({', '.join(map(str, shape))})")
+    if len(header.tensors) > _SHOWN:
+        lines.append(f"  ... and {len(header.tensors) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def _inspect_reference(path: Path) -> str:
+    from flux2pixel.weights.subspace import read_subspace
+
+    flow, metadata = read_subspace(path)
+    lines = [f"{path}: subspace of the reference implementation, {path.stat().st_size / 1e6:.2f} MB"]
+    facts = {"patch_size": metadata["patch_size"], "basis": str(tuple(flow.basis.shape)), "scale": f"{flow.scale:.6g}"}
+    return "\n".join(lines + _table("contents", facts))
+
+
+def _inspect_folder(folder: Path) -> str:
+    asymflow, conversion, index = folder / "asymflow.json", folder / "conversion.json", folder / "model_index.json"
+    weights = sorted(folder.rglob("*.safetensors"))
+    if asymflow.is_file():
+        kind = "pixel model"
+    elif index.is_file():
+        kind = "diffusers model"
+    elif weights:
+        kind = "folder of weights"
+    else:
+        raise Flux2PixelError(f"{folder}: not a model: no asymflow.json, model_index.json or safetensors file in it")
+    lines = [f"{folder}: {kind}"]
+    for path in (asymflow, conversion, index):
+        if path.is_file():
+            lines += _table(path.name, _read_json(path))
+    lines.append("weights")
+    for path in weights:
+        header = read_header(path)
+        lines.append(f"  {path.relative_to(folder)}  {_amounts(header.parameters, path.stat().st_size)}")
+    return "\n".join(lines)
+
+
+def _tensor(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of a header entry; ``ValueError`` where they disagree with its place in the file."""
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("dtype, shape or offsets of a wrong type")
+    if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError("shape and offsets disagree")
+    return dtype, shape
+
+
+def _span(entry: Mapping[str, Any], origin: int) -> tuple[int, int]:
+    first, last = entry["data_offsets"]
+    return origin + first, origin + last
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Flux2PixelError(f"{path}: not valid JSON: {error}; write the model again") from error
+    if not isinstance(content, dict):
+        raise Flux2PixelError(f"{path}: not a JSON object; write the model again")
+    return content
+
+
+def _table(title: str, content: Mapping[str, Any]) -> list[str]:
+    """Return a titled block of ``key: value`` lines, long values (digests, recipes) cut."""
+    lines = [title] if content else []
+    for key, value in content.items():
+        text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+        lines.append(f"  {key}: {text if len(text) <= 160 else text[:157] + '...'}")
+    return lines
+
+
+def _amounts(parameters: int, size: int) -> str:
+    return f"{parameters:,} parameters, {size / 1e6:.2f} MB"
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of ``package``, or ``None``; the package is not imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def doctor(recipe: Recipe, run: Path) -> tuple[str, list[str]]:
+    """Return a printable account of this machine, and the reasons, if any, why ``recipe`` cannot run on it."""
+    problems = []
+    lines = ["versions", f"  python  {platform.python_version()} ({platform.system()} {platform.machine()})"]
+    for name in _PACKAGES:
+        found = version(name)
+        lines.append(f"  {name}  {found or 'missing'}")
+        if found is None:
+            problems.append(f"{name} is not installed (pip install {name})")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines += ["machine", f"  CPUs  {cpus}", f"  memory  {_memory()}", *(f"  {line}" for line in _devices())]
+    if recipe.threads > cpus:
+        lines.append(f"  note: the recipe asks for {recipe.threads} threads on {cpus} CPUs; --set threads={cpus}")
+    source = recipe.fit_subspace.source
+    elsewhere = source in ("scenes", "photographs") or source.startswith("hf:") or source.endswith(".tar")
+    if not elsewhere and not Path(source).exists():
+        problems.append(f"fit_subspace.source: no such images: {source}")
+    ancestor = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
+    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+        problems.append(f"{run}: cannot be written; choose another --run")
+    lines += ["recipe", f"  base  {recipe.base}", f"  run  {run}"]
+    lines += [f"  problem: {problem}" for problem in problems] or ["  can run here"]
+    return "\n".join(lines), problems
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+    except ImportError:
+        return ["devices  unknown: torch cannot be imported"]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [f"cuda:{index}  {name}" for index, name in enumerate(names)] or ["CUDA  none; the CPU is used"]

@@ -1,0 +1,148 @@
+"""Fidelity in a report: every model against true images, the miniature's own renders or a reference of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux2pixel import families as bases
+from flux2pixel.evaluate import results
+from flux2pixel.evaluate.assets.fetch import ALEXNET_FILE, CLIP_FILE, INCEPTION_FILE
+from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.fidelity import networks, reference
+from flux2pixel.evaluate.fidelity.true_images import TrueImages, TrueSet
+from flux2pixel.evaluate.memo import Memo
+from flux2pixel.evaluate.run_suite import Outcome
+from flux2pixel.evaluate.suite import Rgb, Sample
+from flux2pixel.evaluate.suites import MINIATURE, assets_folder
+from flux2pixel.families.base import Base
+from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.progress import say
+
+MEASURED = 2  # version of the fidelity measures: what was kept of another is computed again
+GRID = 16  # pixels: the patch of every known family, where images come without a model
+
+
+def compare_with_renders(
+    recipe: Recipe, report: dict[str, Any], outcomes: Sequence[Outcome], memo: Memo, digests: Digests
+) -> None:
+    """The miniature's ceilings, and every model's fidelity to true renders of the suite's own prompts.
+
+    References pose the prompts in the suite's proportions, so that content does not count as infidelity.
+    """
+    posed = [dict(prompt.data) for prompt in outcomes[0].suite.asked]
+    count = recipe.eval.fidelity_images
+    what = {"renders": [row["prompt"] for row in posed], "count": count, "version": results.versions()["flux2pixel"]}
+    report["detector_ceiling"] = memo.of({"detector": what}, lambda: reference.detector_ceiling(posed))
+    if "fidelity" not in recipe.eval.suite or recipe.eval.reference:
+        return
+    truth = reference.Truth(posed, count)
+    vae = digests.of_model(bases.resolve(recipe.base), ["vae"])
+    report["fidelity_ceiling"] = memo.of(
+        {"ceilings": what, "vae": vae, "measures": MEASURED}, lambda: truth.ceilings(recipe.base)
+    )
+    for name, samples, pairs in _chosen(outcomes, count):
+        inputs = {"fidelity": what, "images": _shown(samples, pairs, digests), "measures": MEASURED}
+        report["models"][name]["fidelity"] = memo.of(inputs, partial(truth.measure, samples, pairs))
+
+
+def _spread(outcome: Outcome, count: int) -> list[Sample]:
+    """The first image of every prompt, then the second ones: any number of them is spread over all prompts."""
+    return sorted(outcome.samples, key=lambda sample: sample.index)[:count]
+
+
+def _chosen(outcomes: Sequence[Outcome], count: int) -> Iterator[tuple[str, list[Sample], list[Sample]]]:
+    """Each model's name, the samples of it that are measured, and the first model's for the same prompts and seeds."""
+    first = _spread(outcomes[0], count)
+    for outcome in outcomes:
+        samples = _spread(outcome, count)
+        same = [(s.prompt.id, s.index) for s in samples] == [(s.prompt.id, s.index) for s in first]
+        paired = same and outcome is not outcomes[0] and outcome.candidate.open is not None
+        yield outcome.candidate.name, samples, first if paired else []
+
+
+def _shown(samples: Sequence[Sample], pairs: Sequence[Sample], digests: Digests) -> list[list[str]]:
+    return [[digests.of_file(sample.path) for sample in some] for some in (samples, pairs)]
+
+
+def compare_with_images(
+    recipe: Recipe,
+    report: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    memo: Memo,
+    digests: Digests,
+    place: torch.device,
+) -> None:
+    """Every model, and the base VAE's reconstruction, against the reference images of the recipe.
+
+    Of the suites, the first whose images have one size is measured. ``report["fidelity_reference"]`` says what with.
+    """
+    suite = next((outcome.suite for outcome in outcomes if outcome.suite.side), None)
+    if suite is None:
+        say("fidelity: left out: the images differ in size; set eval.size, or add --suite geneval")
+        return
+    outcomes = [outcome for outcome in outcomes if outcome.suite is suite]
+    base, assets = _base(recipe, outcomes), assets_folder(recipe)
+    patch = base.patch_size if base else GRID
+    images = TrueImages(recipe.eval.reference, recipe.eval.fidelity_images, (suite.side, suite.side))
+    lost = networks.absent(assets)
+    for line in lost.values():
+        say(f"fidelity: left out: {line}")
+    weights = {
+        name: digests.of_file(assets / file)
+        for name, file in (("inception", INCEPTION_FILE), ("clip", CLIP_FILE), ("lpips", ALEXNET_FILE))
+        if name not in lost
+    }
+    report["fidelity_reference"] = {
+        "source": recipe.eval.reference,
+        "digest": images.digest,
+        "suite": suite.name,
+        "size": suite.side,
+        "patch": patch,
+        "weights": weights,
+        "absent": list(lost.values()),
+    }
+    what = {"reference": images.digest, "patch": patch, "weights": weights, "versions": results.versions()}
+    what |= {"measures": MEASURED, "count": images.count}
+    truth = TrueSet(images, patch, partial(networks.open_networks, assets, place))
+    vae = digests.of_model(base.folder, ["vae"]) if base else ""
+    report["fidelity_ceiling"] = memo.of(
+        what | {"vae": vae}, lambda: truth.ceilings(_through_vae(base, place) if base else None)
+    )
+    for name, samples, pairs in _chosen(outcomes, images.count):
+        inputs = what | {"images": _shown(samples, pairs, digests), "prompts": [s.prompt.text for s in samples]}
+        inputs |= {"boxes": [s.box for s in samples]}
+        report["models"][name]["fidelity"] = memo.of(inputs, partial(truth.measure, name, samples, pairs))
+
+
+def _base(recipe: Recipe, outcomes: Sequence[Outcome]) -> Base | None:
+    """The recipe's base, unless it would have to be got for images made elsewhere, or is of no known family."""
+    here = recipe.base == MINIATURE or Path(recipe.base).is_dir()
+    if not here and all(outcome.candidate.open is None for outcome in outcomes):
+        say(f"fidelity: {recipe.base} is not at hand: no ceiling of its VAE, blockiness on a grid of {GRID} pixels")
+        return None
+    try:
+        return bases.open_base(bases.resolve(recipe.base))
+    except UsageError as error:
+        say(f"fidelity: no ceiling of the VAE, blockiness on a grid of {GRID} pixels: {error}")
+        return None
+
+
+def _through_vae(base: Base, place: torch.device) -> Callable[[Rgb], Rgb]:
+    """The base VAE's reconstruction of an image (H, W, 3) uint8."""
+    from flux2pixel.models.model import to_bytes
+
+    base.device = place
+
+    @torch.no_grad()
+    def rebuild(image: Rgb) -> Rgb:
+        rgb = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(place).float() / 255
+        made: Rgb = to_bytes(base.decode(base.encode(rgb), *image.shape[:2]))[0]
+        return made
+
+    return rebuild

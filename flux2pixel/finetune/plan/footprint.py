@@ -1,0 +1,232 @@
+"""The memory of a training step without its weights: the step itself is run on fake tensors, and storages are counted.
+
+A fake tensor has a shape, a dtype and a device but no data, so that 9 billion parameters cost nothing; the operations,
+autocast, checkpointing and autograd are the real ones, and what they keep alive is what a real step keeps alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.data.cache import Batch, Size
+from flux2pixel.families.base import Base, Conditioning, stock_config
+from flux2pixel.finetune.network import trainable
+from flux2pixel.finetune.network.quantise import quantise
+from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
+from flux2pixel.recipe import Finetune
+from flux2pixel.runtime.errors import UsageError
+
+MAX_TEXT = 512  # tokens; no family's pipeline takes more by default
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive, while the mode is on.
+
+    ``peak`` is the most of ``current`` minus what :meth:`exempt` took out, plus ``share`` of it: gradients, which a
+    sharded training keeps only a part of.
+    """
+
+    def __init__(self, share: float = 1.0):
+        super().__init__()
+        self.share, self.current, self.exempted, self.peak = share, 0, 0, 0
+        self._alive: dict[int, int] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Never count these: what was there before."""
+        for tensor in tensors:
+            self._alive.setdefault(tensor.untyped_storage()._cdata, 0)
+
+    def exempt(self, tensor: Tensor) -> None:
+        """Count a tensor at ``share`` from now on."""
+        self.exempted += tensor.untyped_storage().nbytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self.current += storage.nbytes()
+        weakref.finalize(storage, self._free, key)
+        self.peak = max(self.peak, round(self.current - (1 - self.share) * self.exempted))
+
+    def _free(self, key: int) -> None:
+        self.current -= self._alive.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A pixel network prepared for training, and the frozen latent one if it is apart (full finetuning with variance
+    reduction), both on the meta device. ``config`` is the latent transformer's; ``total`` counts the parameters of the
+    stock class, ``frozen`` those that are not trained."""
+
+    base: Base
+    config: dict[str, Any]
+    settings: Finetune
+    network: Any
+    groups: list[trainable.Group]
+    reference: Any
+    total: int
+    frozen: int
+
+
+def build(base: Base, config: dict[str, Any], settings: Finetune) -> Network:
+    """The networks that a training would hold. Raises UsageError for LoRA patterns that match nothing."""
+    low = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    lora = settings.trainable == "lora"
+    network = construct(base, base.pixel_config(config), low if lora else torch.float32)
+    total = sum(p.numel() for p in network.parameters())
+    with torch.device("meta"):
+        groups = trainable.prepare(network, base, settings, 0)
+        frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+        if settings.frozen_int8:
+            quantise(network)
+    reference = None
+    if not lora and settings.loss != "flow-matching":
+        reference = construct(base, config, low).requires_grad_(False)
+    return Network(base, config, settings, network.train(), groups, reference, total, frozen)
+
+
+def construct(base: Base, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The stock class on the meta device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return base.network_class()(**stock_config(config))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def faked(network: Any, mode: FakeTensorMode, low: torch.dtype | None = None) -> Any:
+    """Replace every meta tensor of ``network`` by a fake one that claims to be on the CPU, of dtype ``low`` if given.
+
+    In place; returns the network.
+    """
+    with mode:
+        for module in network.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    made = torch.empty(parameter.shape, dtype=low or parameter.dtype)
+                    module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return network
+
+
+class Step:
+    """Forward and backward of a built network, on fake tensors. Takes the network over: it is no longer on ``meta``.
+
+    ``gathered``: the weights are as a sharded bf16 training gathers them, so that no cast of them is kept.
+    """
+
+    def __init__(self, built: Network, *, gathered: bool = False):
+        self.built, self.mode = built, FakeTensorMode(allow_non_fake_inputs=True)
+        low = torch.bfloat16 if gathered and built.settings.precision == "bf16" else None
+        self.network = faked(built.network, self.mode, low)
+        self.reference = None if built.reference is None else faked(built.reference, self.mode)
+        self.lpips = faked(_lpips(), self.mode) if built.settings.perceptual else None
+
+    def peak(
+        self, size: Size, count: int, *, checkpointing: bool, gradient_share: float = 1.0, text_tokens: int = MAX_TEXT
+    ) -> int:
+        """Most bytes at one time over ``count`` images of ``size`` (height, width) pixels, weights not counted.
+
+        Activations, casts of weights, temporaries, the batch itself, and ``gradient_share`` of the gradients made so
+        far.
+        """
+        built, patch = self.built, self.built.base.patch_size
+        tokens = (size[0] // patch) * (size[1] // patch)
+        flow = AsymFlow(torch.eye(built.base.token_width, built.base.latent_width), 1.0)
+        with self.mode, _checkpointing(self.network, checkpointing):
+            batch = batch_like(built.base, built.config, size, count, text_tokens)
+            sigma, eps = torch.rand(count), torch.randn(count, tokens, built.base.token_width)
+            meter = Meter(gradient_share)
+            for network in filter(None, (self.network, self.reference, self.lpips)):
+                meter.ignore(network.parameters())
+                meter.ignore(network.buffers())
+            trained = [p for p in self.network.parameters() if p.requires_grad]
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.exempt(p.grad)) for p in trained]
+            try:
+                with meter:
+                    self._objective(flow)(self.network, batch, sigma, eps).loss.backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                self.network.zero_grad()
+        inputs = [batch.rgb, batch.latents, eps, *batch.conditioning.values()]
+        return meter.peak + sum(t.nbytes for t in inputs)
+
+    def _objective(self, flow: AsymFlow) -> Objective:
+        built = self.built
+        reference: Velocity | None = None
+        if self.reference is not None:
+            reference = LatentReference(built.base, self.reference)
+        elif built.settings.loss != "flow-matching":
+            reference = SharedReference(built.base, self.network, flow.basis)
+        return Objective(built.settings, built.base, flow, reference, self.lpips)
+
+
+def _lpips() -> Any:
+    """LPIPS without weights. Raises UsageError if the package is absent."""
+    try:
+        import lpips
+    except ImportError as error:
+        raise UsageError("finetune.perceptual: needs the package lpips; pip install 'flux2pixel[train]'") from error
+    with torch.device("meta"):
+        network = lpips.LPIPS(net="vgg", spatial=True, pretrained=False, pnet_rand=True, verbose=False)
+    return network.eval().requires_grad_(False)
+
+
+def batch_like(base: Base, config: dict[str, Any], size: Size, count: int, text_tokens: int) -> Batch:
+    """A batch of ``count`` images of ``size``, of the shapes and dtypes that the cache gives."""
+    height, width = size
+    tokens = (height // base.patch_size) * (width // base.patch_size)
+    conditioning = conditioning_like(base, config, count, text_tokens)
+    return Batch(
+        torch.empty(count, 3, height, width, dtype=torch.uint8),
+        torch.empty(count, tokens, base.latent_width, dtype=torch.float16),
+        conditioning,
+        [],
+        base.patch_size,
+    )
+
+
+def conditioning_like(base: Base, config: dict[str, Any], count: int, text_tokens: int) -> Conditioning:
+    """A conditioning of ``count`` prompts of ``text_tokens`` tokens, its floating-point values in 16 bits."""
+    some = base.random_conditioning(config, count, torch.Generator())
+    made = {}
+    for name, value in some.items():
+        shape = list(value.shape)
+        if name in ("text", "mask"):
+            shape[1] = text_tokens
+        made[name] = torch.ones(shape, dtype=torch.float16 if value.is_floating_point() else value.dtype)
+    return made
+
+
+@contextmanager
+def _checkpointing(network: Any, wanted: bool) -> Iterator[None]:
+    if wanted:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        network.disable_gradient_checkpointing()

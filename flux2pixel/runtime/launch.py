@@ -1,0 +1,170 @@
+"""``--gpus N`` of fit-subspace, cache, finetune and eval: N processes of this machine for one command.
+
+fit-subspace, finetune and eval run themselves again under torchrun (:func:`relaunch`); a cache needs no process group
+and is made by a pool of processes (:func:`pooled`), also inside a run that a launcher started. Everything a user can
+get wrong is found before, in one process, so that no error comes N times in a launcher's trace.
+
+A cluster's own launcher does as well. For a finetune the leading process then prepares while the others wait, and the
+recipe may say how many there must be (``finetune.processes``):
+
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m flux2pixel -- finetune --recipe RECIPE.toml --run RUN
+    accelerate launch --multi_gpu --num_processes 8 -m flux2pixel finetune --recipe RECIPE.toml --run RUN
+
+Without a GPU ``--multi_gpu`` starts as many processes on the CPU; accelerate's own ``--cpu`` starts one, or needs MPI.
+
+Slurm, one task a node; ``--signal`` warns ten minutes before the time is up, the processes save, leave
+``finetune-stopped.json`` behind and exit 0, and the job that is queued again goes on from there:
+
+    #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --signal=USR1@600 --requeue --open-mode=append
+    HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
+        --rdzv-endpoint "$HOST:29500" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 540 \\
+        -m flux2pixel -- finetune --recipe RECIPE.toml --run RUN
+    test ! -f RUN/finetune-stopped.json || scontrol requeue "$SLURM_JOB_ID"
+
+The run directory must be on a file system that all nodes see.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NoReturn, TypeVar
+
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.progress import say
+
+T = TypeVar("T")
+
+# Slurm warns with SIGUSR1; a save of sharded weights may take minutes.
+SIGNALS, SHUTDOWN_SECONDS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", 1800
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, accelerate, Slurm with torchrun) started this process as one of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's place in the run; 0 for a process alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of this run, before any process group."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def here(processes: int) -> int:
+    """How many of a run's ``processes`` are on this machine, as the launcher says; all of them without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if launched() else processes
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched process with ``code``: Python's exit functions run and output is flushed, nothing is torn down.
+
+    Tearing down sometimes aborts ("terminate called without an active exception"): a thread of the process group can
+    still be joinable after ``destroy_process_group``, and the launcher would report a finished run as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def check_gpus(gpus: int) -> None:
+    """Raise UsageError for less than one, or if there are GPUs but fewer; without any, processes run on the CPU."""
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: must be at least 1")
+    if gpus == 1:
+        return
+    import torch
+
+    if 0 < torch.cuda.device_count() < gpus:
+        raise UsageError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+
+
+def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
+    """Run this same command in ``gpus`` processes; returns the exit code of the first that failed.
+
+    A signal is passed on to the processes. If the stage ``saves`` what it has done and leaves in order, the code is
+    then 0, else 128 + the signal's number. Raises Flux2PixelError if a process was killed: it could not say so itself.
+    """
+    import logging
+
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    say(f"{stage}: {gpus} processes on {'GPUs' if torch.cuda.is_available() else 'the CPU'}")
+    options = ["--standalone", "--nproc-per-node", str(gpus), "--signals-to-handle", SIGNALS]
+    # Without the dashes torchrun would take abbreviations of its own options out of ours.
+    options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS), "-m", "flux2pixel", "--", *sys.argv[1:]]
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its trace would bury our one line
+    try:
+        run.run(run.parse_args(options))
+    except ChildFailedError as failed:
+        place, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            raise Flux2PixelError(
+                f"{stage}: process {place} of {gpus} was ended by {failure.signal_name()} (SIGKILL: out of memory?)"
+            ) from failed
+        if place:
+            say(f"{stage}: process {place} of {gpus} failed with exit code {failure.exitcode}")
+        return failure.exitcode
+    except SignalException as stopped:
+        say(f"{stage}: stopped by {signal.Signals(stopped.sigval).name}")
+        return 0 if saves else 128 + int(stopped.sigval)
+    return 0
+
+
+_shared: Any = None  # of a pool's process: the counter of what is done, and the event that stops all
+
+
+def _attach(counter: Any, stop: Any) -> None:
+    global _shared
+    _shared = counter, stop
+
+
+def advance(count: int) -> None:
+    """In a process of :func:`pooled`: count ``count`` pieces as done; Flux2PixelError once the others are to stop."""
+    counter, stop = _shared
+    parent = multiprocessing.parent_process()
+    if stop.is_set() or (parent is not None and not parent.is_alive()):
+        raise Flux2PixelError("stopped, because another process failed or was killed")
+    with counter.get_lock():
+        counter.value += count
+
+
+def pooled(stage: str, works: Sequence[Callable[[], T]], progress: Callable[[int], object]) -> list[T]:
+    """Do each piece of work in a process of its own and return what they gave; the first failure ends them all.
+
+    ``progress`` is told of what the processes :func:`advance`. Raises what a process raised, or Flux2PixelError if one
+    was killed.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    counter, stop, shown = context.Value("q", 0), context.Event(), 0
+    with ProcessPoolExecutor(len(works), context, _attach, (counter, stop)) as pool:
+        futures = [pool.submit(work) for work in works]
+        try:
+            while any(not future.done() for future in futures):
+                done, _ = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                progress(counter.value - shown)
+                shown = counter.value
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise Flux2PixelError(
+                f"{stage}: a process died, out of memory or killed; run it again, what is written is kept"
+            ) from error
+        finally:
+            stop.set()
