@@ -46,7 +46,7 @@ from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import groups
 from flux2pixel.finetune.step.objective import Objective, Parts
 from flux2pixel.finetune.step.trainer import Trainer
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.run import fit_subspace
 
 HERE = Path(__file__).parent
@@ -198,7 +198,7 @@ def main() -> None:
         records.append(record)
         with args.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        say(f"{arm}, seed {seed}: GenEval {record['geneval']:.3f}, {record['fidelity']}")
+        log(f"{arm}, seed {seed}: GenEval {record['geneval']:.3f}, {record['fidelity']}")
     found = {"steps": args.steps, "images": args.images} | table(records)
     args.log.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from flux2pixel.cli.inspection import doctor, inspect, read_header
+from flux2pixel.cli.inspection import doctor, inspect
 from flux2pixel.recipe import Recipe, load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.weights.header import read_header
 
 
 def safetensors(header: dict[str, Any], data: bytes = b"") -> bytes:

@@ -90,7 +90,7 @@ def test_pooled_work_comes_back_in_order_and_is_counted():
 
 
 def test_a_launched_process_leaves_with_its_code_and_its_exit_functions_run() -> None:
-    script = "import atexit, sys; from flux2pixel.runtime.launch import leave\n"
-    script += "atexit.register(print, 'kept'); print('said')\nleave(3)"
+    script = "import atexit, sys; from flux2pixel.runtime.launch import exit_process\n"
+    script += "atexit.register(print, 'kept'); print('said')\nexit_process(3)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "said\nkept\n"), done.stderr

@@ -18,7 +18,7 @@ from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.runtime.errors import Flux2PixelError
-from flux2pixel.runtime.launch import leave
+from flux2pixel.runtime.launch import exit_process
 
 
 def kills(run: Path) -> None:
@@ -112,4 +112,4 @@ def two_ranks(run: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"kills": kills, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
-    leave(0)
+    exit_process(0)

@@ -18,7 +18,7 @@ from flux2pixel.cli.finetune import finetune_command
 from flux2pixel.cli.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.cli.generate import generate_command
 from flux2pixel.cli.run import run_all
-from flux2pixel.runtime.launch import launched, leave
+from flux2pixel.runtime.launch import exit_process, launched
 
 app = typer.Typer(
     add_completion=False,
@@ -63,5 +63,5 @@ def main() -> None:
         app(prog_name="flux2pixel")
     except SystemExit as left:
         if launched() and isinstance(left.code, int | None):
-            leave(left.code or 0)
+            exit_process(left.code or 0)
         raise

@@ -16,7 +16,7 @@ from flux2pixel import families as bases
 from flux2pixel.families.base import Base, read_config
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 from flux2pixel.weights import bfl
 from flux2pixel.weights.adapter import BASIS, SCALE, Adapter, read_adapter
 from flux2pixel.weights.checkpoint import DTYPES, Checkpoint, Stored, check_names, open_checkpoint
@@ -48,7 +48,7 @@ def export(model: Path, out: Path, kind: str, against: Path | None = None, rank:
         outputs = [Output(n, s.dtype, s.shape, s) for n, s in bfl.to_bfl(checkpoint.tensors).items()]
         outputs += [of_tensor(name, tensor) for name, tensor in _buffers(model, torch.float32).items()]
         _write(out, outputs, notes | bfl.MARKER)
-        say("note: ComfyUI's stock FLUX.2 loader will not take this file: a pixel model needs AsymFlow's recovery")
+        log("note: ComfyUI's stock FLUX.2 loader will not take this file: a pixel model needs AsymFlow's recovery")
         return out
     reference = open_checkpoint(_reference(model, against) / "transformer")
     changed = _changed(checkpoint, reference)
@@ -146,7 +146,7 @@ def _lora(checkpoint: Checkpoint, reference: Checkpoint, names: list[str], rank:
             found |= {f"{name.removesuffix('.weight')}.lora_B.weight": b}
             worst = max(worst, missed)
             progress.advance(1, note=name)
-    say(f"extract: rank {rank} misses at most {worst:.1%} of a layer's change")
+    log(f"extract: rank {rank} misses at most {worst:.1%} of a layer's change")
     return found
 
 
@@ -192,4 +192,4 @@ def _write(out: Path, outputs: list[Output], notes: Mapping[str, str]) -> None:
             raise Flux2PixelError(f"{out}: {', '.join(broken[:5])}: not finite in fp16; nothing was written")
 
     files.write(out, save)
-    say(f"wrote {out}: {len(outputs)} tensors")
+    log(f"wrote {out}: {len(outputs)} tensors")

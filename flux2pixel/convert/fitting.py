@@ -7,7 +7,7 @@ from pathlib import Path
 from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import device
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 from flux2pixel.subspace.gather import vae_digest
 from flux2pixel.subspace.run import prior_moments
 from flux2pixel.subspace.solvers import procrustes
@@ -19,8 +19,8 @@ def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
 
     Basis and scale both come from those images, so nothing here knows how real ones are distributed; it says so.
     """
-    say("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
-    say(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
+    log("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
+    log(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
     place = str(device.choose())
     base.vae.to(place)
     moments = prior_moments(recipe, base, place)
@@ -30,5 +30,5 @@ def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
     metadata |= {"images": 0, "tokens": moments.tokens, "vae_sha256": vae_digest(base)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_subspace(path, basis, scale, metadata)
-    say(f"wrote {path}")
+    log(f"wrote {path}")
     return path

@@ -13,7 +13,7 @@ from flux2pixel.families.base import Base, read_config, stock_config
 from flux2pixel.models.folder import companion_parts
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 from flux2pixel.weights import bfl
 from flux2pixel.weights.adapter import BASIS, Adapter, merge, read_adapter
 from flux2pixel.weights.checkpoint import Checkpoint, check_names, open_checkpoint
@@ -77,7 +77,7 @@ def _latent_base(name: str) -> str:
     if (Path(name) / "finetune.json").is_file():
         raise UsageError(f"base: {name} is a finetuned model, not a base; name the base it was made from")
     base = str(read_config(described)["base"])
-    say(f"base: {name} was converted from {base}; its latent tensors are taken from there")
+    log(f"base: {name} was converted from {base}; its latent tensors are taken from there")
     return base
 
 

@@ -24,7 +24,7 @@ from flux2pixel.models import folder as folders
 from flux2pixel.recipe import Recipe, Sample, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.gather import vae_digest
 from flux2pixel.weights.checkpoint import INDEX, refuse
 from flux2pixel.weights.subspace import read_subspace
@@ -60,9 +60,9 @@ def convert(
         _check_fit(base, recipe.base, flow, made_with["subspace"], subspace)
     destination = out or run / "converted"
     job.plan.check_room(destination)
-    say(f"convert: base {base.folder}, {extras.adapter or subspace}")
+    log(f"convert: base {base.folder}, {extras.adapter or subspace}")
     for caution in base.cautions():
-        say(f"note: {caution}")
+        log(f"note: {caution}")
     with files.new_folder(destination) as folder:
         digests = write_transformer(job.plan, folder / "transformer", base.pixel_config(base.config), base, recipe)
         shapes = class_shapes(base.network_class(), base.pixel_config(base.config))
@@ -71,7 +71,7 @@ def convert(
         if job.exact:
             _judge(proof, recipe)
         else:
-            say("exactness: not tested: an adapter's projections are trained, not folded")
+            log("exactness: not tested: an adapter's projections are trained, not folded")
         copy_companions(job.plan, folder)
         folders.write_asymflow(folder, flow, base, recipe)
         record = made_with | {
@@ -81,7 +81,7 @@ def convert(
         folders.finish(folder, base, flow, recipe, digests, record)
         if not job.exact:
             folders.tune_pipeline(folder, PUBLISHED, shift=17.0, shift_side=1024)
-    say(f"wrote {destination}")
+    log(f"wrote {destination}")
     return destination
 
 
@@ -139,9 +139,9 @@ def copy_companions(plan: Plan, folder: Path) -> None:
 def _judge(proof: Proof | None, recipe: Recipe) -> None:
     """Say how exact the conversion is; raise Flux2PixelError if it is not."""
     if proof is None:
-        say("exactness: not tested, not even one block of each kind fits in memory")
+        log("exactness: not tested, not even one block of each kind fits in memory")
         return
-    say(
+    log(
         f"exactness: {proof.max_abs_error:.1e} over {proof.steps} Euler steps in float64 ({proof.depth}); "
         f"{proof.stored_error:.1e} with the weights as stored"
     )

@@ -27,7 +27,7 @@ from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files, launch
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 
 FORMAT = 1
 # A shard is lost work when a kill comes before it is written, and a file to open when it is read.
@@ -135,7 +135,7 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
     _start(folder, key)
     limit = recipe.finetune.images
     total = min(filter(None, (limit, source.count)), default=None)
-    say(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
+    log(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
     with bar("cache", total) as progress:
         parts = _run_parts(recipe, folder, base, gpus, progress.advance)
     tally, items = Tally(recipe.data.max_broken), set()
@@ -143,14 +143,14 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
         tally.merge(part.tally)
         items.update(part.items)
     for line in tally.lines():
-        say(line)
+        log(line)
     if len(tally.broken) > recipe.data.max_broken:
         raise Flux2PixelError(
             f"{len(tally.broken)} images are unreadable, more than data.max_broken {recipe.data.max_broken}"
         )
     _finish(folder, key, recipe, items, tally)
     cache = Cache(folder, key)
-    say(f"wrote {folder}: {len(cache)} images in {len(cache.buckets)} buckets")
+    log(f"wrote {folder}: {len(cache)} images in {len(cache.buckets)} buckets")
     return cache
 
 

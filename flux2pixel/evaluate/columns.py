@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from flux2pixel import families as bases
-from flux2pixel.cli.inspection import equals_its_base
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models.folder import equals_its_base
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -146,9 +146,9 @@ class StockDrawer:
         import torch
         from diffusers import DiffusionPipeline
 
-        from flux2pixel.runtime.progress import hush
+        from flux2pixel.runtime.progress import quiet_libraries
 
-        hush()
+        quiet_libraries()
         place = device.choose()
         kind = torch.float32 if place.type == "cpu" else torch.bfloat16
         try:

@@ -35,7 +35,7 @@ from flux2pixel.miniature import world
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device, files
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 
 def evaluate(
@@ -70,9 +70,9 @@ def evaluate(
     ]
     if processes.first:
         if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE and not recipe.eval.reference:
-            say(f"eval: fidelity is left out: {NO_TRUTH}")
-        say("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
-        say(f"eval: draws and scores on {device.describe(place)}")
+            log(f"eval: fidelity is left out: {NO_TRUTH}")
+        log("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
+        log(f"eval: draws and scores on {device.describe(place)}")
     for one in candidates:
         _work(one, [task for task in tasks if task.candidate is one], recipe, processes, texts)
     digests.save()
@@ -87,8 +87,8 @@ def evaluate(
         write_report(report, gallery, page)
         digests.save()
         for line in _lines(report):
-            say(line)
-        say(f"wrote {page}")
+            log(line)
+        log(f"wrote {page}")
     processes.end()
     return page
 

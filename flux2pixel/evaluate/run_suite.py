@@ -21,7 +21,7 @@ from flux2pixel.evaluate.suite import Record, Sample
 from flux2pixel.evaluate.suites import Suite
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 
 SHOWN = 20  # faults printed one by one; the rest is counted
 
@@ -139,10 +139,10 @@ def _foreign(candidate: Candidate, suite: Suite, sized: bool) -> list[ImageFile]
     folder = candidate.path / suite.name if (candidate.path / suite.name).is_dir() else candidate.path
     found = layout.read_folder(suite.name, folder, suite.asked, suite.side)
     for line in [*found.faults[:SHOWN], *found.missing[:SHOWN]]:
-        say(line)
+        log(line)
     for lines, what in ((found.faults, "faults"), (found.missing, "prompts with missing images")):
         if len(lines) > SHOWN:
-            say(f"{folder}: {len(lines)} {what}, {len(lines) - SHOWN} not shown")
+            log(f"{folder}: {len(lines)} {what}, {len(lines) - SHOWN} not shown")
     if found.faults:
         raise UsageError(
             f"--images {folder}: {len(found.faults)} files would be scored wrongly (above); nothing was scored"
@@ -150,5 +150,5 @@ def _foreign(candidate: Candidate, suite: Suite, sized: bool) -> list[ImageFile]
     if not found.files:
         raise UsageError(f"--images {folder}: holds no image of {suite.name} in its official layout")
     if found.missing:
-        say(f"{folder}: images are missing, so {suite.name} is partial and has no overall")
+        log(f"{folder}: images are missing, so {suite.name} is partial and has no overall")
     return found.files

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import hush
+from flux2pixel.runtime.progress import quiet_libraries
 
 Conditioning = dict[str, Tensor]  # what a transformer is told beside tokens and time; the batch leads every value
 Reference = tuple[Tensor, tuple[int, int]]  # tokens (B, M, C) of a picture to edit, and their (h, w) grid
@@ -256,7 +256,7 @@ class Base(ABC):
 
     def load(self, part: str, loader: Any, **options: Any) -> Any:
         """``loader.from_pretrained`` of a sub-folder; UsageError naming the folder if that fails."""
-        hush()
+        quiet_libraries()
         try:
             loaded = loader.from_pretrained(self.folder / part, **options)
             return loaded.to(self.device) if isinstance(loaded, nn.Module) else loaded

@@ -37,7 +37,7 @@ from flux2pixel.models.model import PixelModel
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files, launch
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import Bar, bar, say
+from flux2pixel.runtime.progress import Bar, bar, log
 
 STOPPED = "finetune-stopped.json"
 
@@ -110,17 +110,17 @@ def _compare(path: Path, recipe: Recipe, identity: dict[str, str], world: int) -
     stored, present = ({name: table[name] for name in sections} for table in (manifest["recipe"], as_dict(recipe)))
     changes = checkpoint.differences(stored, present)
     for key, before, now in changes:
-        say(f"recipe: {key} was {before!r} at the checkpoint, is {now!r} now")
+        log(f"recipe: {key} was {before!r} at the checkpoint, is {now!r} now")
     if refused := [key for key, _, _ in changes if checkpoint.fixed(key)]:
         raise UsageError(
             f"{path}: is a checkpoint of another recipe ({', '.join(refused)}), and a run cannot go on under other "
             f"values of that; restore them, delete {path.parent}, or use another --run"
         )
     if changes:
-        say(f"recipe: the recipe wins over the checkpoint from step {manifest['step']} on")
+        log(f"recipe: the recipe wins over the checkpoint from step {manifest['step']} on")
     if manifest["processes"] != world:
         again = "" if recipe.finetune.micro_batch else "; batches are cut otherwise, as finetune.micro_batch = 0 says"
-        say(
+        log(
             f"finetune: the checkpoint is of {manifest['processes']} process(es), now {world}: resharded; sums of "
             f"gradients are taken in another order, so results agree to rounding, not bit by bit{again}"
         )
@@ -145,7 +145,7 @@ def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path |
     held = hold_out(cache, settings.validation_images)
     if team.leads:
         (run / STOPPED).unlink(missing_ok=True)
-        say(f"finetune: model {source.folder}, {len(cache)} images, loss {settings.loss}, {team.world} process(es)")
+        log(f"finetune: model {source.folder}, {len(cache)} images, loss {settings.loss}, {team.world} process(es)")
     trainer = build(recipe, source, team)
     if (found := checkpoint.newest(folder)) is not None:
         checkpoint.load(trainer.state, found, team)
@@ -219,7 +219,7 @@ def _place(network: nn.Module, recipe: Recipe, team: Team) -> nn.Module:
     if recipe.finetune.compile:
         parallel.compile_blocks(network)
         if recipe.finetune.trainable == "lora":
-            say("note: compiled on the CPU, a few small LoRA gradients differ from eager (benchmarks/compiled_step.py)")
+            log("note: compiled on the CPU, a few small LoRA gradients differ from eager (benchmarks/compiled_step.py)")
     if team.mesh is None:
         return network.to(team.device)
     parallel.shard(network, team.mesh, recipe.finetune.precision)
@@ -301,7 +301,7 @@ def _mark_stopped(run: Path, trainer: Trainer, team: Team) -> None:
     if team.leads:
         step = trainer.state.step
         files.write_json(run / STOPPED, {"step": step, "of": trainer.settings.steps, "signal": trainer.stop.signal})
-        say(f"finetune: stopped by a signal after step {step}, saved; the same command goes on from there")
+        log(f"finetune: stopped by a signal after step {step}, saved; the same command goes on from there")
 
 
 def _finish(
@@ -323,6 +323,6 @@ def _finish(
             export.write_card(folder, recipe, watch.log, record, run / "samples")
         if not recipe.finetune.keep_final:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        say(f"wrote {destination}")
+        log(f"wrote {destination}")
     team.barrier()
     return destination

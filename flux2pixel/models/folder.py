@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,3 +128,10 @@ The transformer of `{base}` with its in- and out-projection folded through a pix
 Coupled sampling in float64 {proof}. `transformer/` is the stock diffusers class;
 `asymflow.safetensors` and `asymflow.json` hold what turns its output into pixels. Made by flux2pixel {__version__}.
 """
+
+
+def equals_its_base(folder: Path) -> bool:
+    """Whether a pixel model was converted and nothing more: neither finetuned nor given an adapter."""
+    record = folder / "conversion.json"
+    trained = (folder / "finetune.json").is_file()
+    return not trained and record.is_file() and "adapter_sha256" not in json.loads(record.read_text())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 PARTS = ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")
 INDEXES = ("model_index.json", "modular_model_index.json")
@@ -23,7 +23,7 @@ def download(repo: str, parts: Sequence[str] = PARTS) -> Path:
     from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/{repo}"
-    say(f"base: {repo} from the Hub, or its cache")
+    log(f"base: {repo} from the Hub, or its cache")
     try:
         wanted = [*INDEXES, "*/config.json", "*/scheduler_config.json", *(f"{part}/*" for part in parts)]
         folder = Path(snapshot_download(repo, allow_patterns=wanted))

@@ -19,12 +19,12 @@ from flux2pixel import families as bases
 from flux2pixel.asymflow import color, schedule, tokens
 from flux2pixel.asymflow import solvers as sampler
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.cli.inspection import equals_its_base
 from flux2pixel.families.base import Base, Conditioning
+from flux2pixel.models.folder import equals_its_base
 from flux2pixel.recipe import Recipe, Sample
 from flux2pixel.runtime import device, files
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False, p
 
 def _note_guidance(base: Base, settings: Sample) -> None:
     if base.guidance == "none" and settings.guidance != 1:
-        say(f"note: {base.folder} is distilled and takes no guidance; sample.guidance {settings.guidance:g} is ignored")
+        log(f"note: {base.folder} is distilled and takes no guidance; sample.guidance {settings.guidance:g} is ignored")
 
 
 def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
@@ -192,7 +192,7 @@ def generate(
         found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
         model = found[0] if found else bases.resolve(recipe.base)
     place = device.choose()
-    say(f"generate: model {model} on {device.describe(place)}")
+    log(f"generate: model {model} on {device.describe(place)}")
     side = 32 if recipe.base == "klein-tiny" else 1024
     system = open_model(model, recipe, run, place)
     patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
@@ -204,7 +204,7 @@ def generate(
     image = to_bytes(system(text, empty, noise, (height, width)))[0]
     path = out or run / "generated.png"
     files.write(path, lambda temporary: Image.fromarray(image).save(temporary, format="png"))
-    say(f"wrote {path}")
+    log(f"wrote {path}")
     return path
 
 

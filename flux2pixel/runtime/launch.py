@@ -39,7 +39,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn, TypeVar
 
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def here(processes: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if launched() else processes
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End a launched process with ``code``: Python's exit functions run and output is flushed, nothing is torn down.
 
     Tearing down sometimes aborts ("terminate called without an active exception"): a thread of the process group can
@@ -104,7 +104,7 @@ def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    say(f"{stage}: {gpus} processes on {'GPUs' if torch.cuda.is_available() else 'the CPU'}")
+    log(f"{stage}: {gpus} processes on {'GPUs' if torch.cuda.is_available() else 'the CPU'}")
     options = ["--standalone", "--nproc-per-node", str(gpus), "--signals-to-handle", SIGNALS]
     # Without the dashes torchrun would take abbreviations of its own options out of ours.
     options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS), "-m", "flux2pixel", "--", *sys.argv[1:]]
@@ -118,10 +118,10 @@ def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
                 f"{stage}: process {place} of {gpus} was ended by {failure.signal_name()} (SIGKILL: out of memory?)"
             ) from failed
         if place:
-            say(f"{stage}: process {place} of {gpus} failed with exit code {failure.exitcode}")
+            log(f"{stage}: process {place} of {gpus} failed with exit code {failure.exitcode}")
         return failure.exitcode
     except SignalException as stopped:
-        say(f"{stage}: stopped by {signal.Signals(stopped.sigval).name}")
+        log(f"{stage}: stopped by {signal.Signals(stopped.sigval).name}")
         return 0 if saves else 128 + int(stopped.sigval)
     return 0
 

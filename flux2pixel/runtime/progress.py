@@ -40,11 +40,11 @@ def bar(what: str, total: int | None, shown: bool = True) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, disable=not (shown and sys.stderr.isatty())) as progress:
         if shown and progress.disable:
-            say(f"{what}: {'unknown number' if total is None else total}")
+            log(f"{what}: {'unknown number' if total is None else total}")
         yield Bar(progress, progress.add_task(what, total=total, note=""))
 
 
-def hush() -> None:
+def quiet_libraries() -> None:
     """Silence the libraries' own loading bars and two warnings that are about their internals."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -54,6 +54,6 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print one line beside any running bar."""
     console.print(line, markup=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.cached import Pairs, cached_pairs, is_cache
 from flux2pixel.subspace.processes import Processes
 from flux2pixel.subspace.strata import Strata, read_strata, write_strata
@@ -165,7 +165,7 @@ class Saved:
             if metadata.get("fingerprint") == self.fingerprint:
                 self.absorbed.update(metadata["absorbed"].split())
             elif self.processes.rank == 0:
-                say(f"{file}: sums of other images or settings, left out")
+                log(f"{file}: sums of other images or settings, left out")
         for _, strata, metadata, extra in found:
             if metadata.get("fingerprint") == self.fingerprint and metadata["id"] not in self.absorbed:
                 total = total + strata
@@ -173,7 +173,7 @@ class Saved:
                 self.absorbed.add(metadata["id"])
         self.processes.barrier()  # no file is replaced before all have read it
         if self.processes.rank == 0 and done:
-            say(f"resuming: {len(done)} images are in the sums already")
+            log(f"resuming: {len(done)} images are in the sums already")
             self.write(total, done)
         self.processes.barrier()
         mine = total if self.processes.rank == 0 else Strata(base.token_width, base.latent_width)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flux2pixel.asymflow import color
 from flux2pixel.runtime import files
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 # Residuals of bases whose conversions were looked at: 0.31 kept the colours of the latent model, 0.60 did not.
 GOOD, DOUBTFUL = 0.4, 0.6
@@ -129,7 +129,7 @@ def _charts(figures: Mapping[str, Any]) -> bytes | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say("charts left out: matplotlib is not installed (pip install 'flux2pixel[train]')")
+        log("charts left out: matplotlib is not installed (pip install 'flux2pixel[train]')")
         return None
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     spectrum, cumulative, angles, residuals = figure.subplots(2, 2).flat

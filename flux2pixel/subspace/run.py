@@ -14,7 +14,7 @@ from flux2pixel.data import Tally
 from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace import diagnostics, jacobian, report, solvers
 from flux2pixel.subspace.gather import Saved, gather, image_batches, vae_digest
 from flux2pixel.subspace.moments import Moments
@@ -43,7 +43,7 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None, merge: Sequ
             strata, tally = merged(merge, base), Tally()
         else:
             if processes.rank == 0:
-                say(f"fit-subspace: base {base.folder}, images {recipe.fit_subspace.source}")
+                log(f"fit-subspace: base {base.folder}, images {recipe.fit_subspace.source}")
             strata, tally = gather(base, recipe, processes, path)
         if processes.rank == 0:
             _finish(recipe, base, strata, tally, path, processes)
@@ -78,10 +78,10 @@ def _finish(recipe: Recipe, base: Base, strata: Strata, tally: Tally, path: Path
     if tally.seen:
         figures["source"] = tally.as_dict()
         for line in tally.lines():
-            say(line)
+            log(line)
     report.write(path, basis, figures)
-    say(figures["verdict"])
-    say(f"wrote {path} and {path.with_suffix('.html').name}")
+    log(figures["verdict"])
+    log(f"wrote {path} and {path.with_suffix('.html').name}")
 
 
 def estimate(

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux2pixel.cli.inspection import read_header
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.weights.header import read_header
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"

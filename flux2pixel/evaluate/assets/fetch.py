@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 
 SUITES = ("geneval", "dpg-bench", "hpsv3", "fidelity")
 CHUNK = 1 << 20
@@ -129,7 +129,7 @@ class Assets:
         if path.is_file():
             return
         got = self.get(source)
-        say(f"converting {source.name}")
+        log(f"converting {source.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         convert(got, path, {"source": source.url, "source_sha256": self.digests[source.name]})
         got.unlink()
@@ -191,4 +191,4 @@ def fetch(suites: Sequence[str], folder: Path) -> None:
         for source in QWEN:
             assets.place(source, f"hpsv3/{source.name}")
         assets.place(HPSV3, "hpsv3/HPSv3.safetensors")
-    say(f"fetched {', '.join(suites)} into {folder}")
+    log(f"fetched {', '.join(suites)} into {folder}")

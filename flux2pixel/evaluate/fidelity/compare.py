@@ -22,7 +22,7 @@ from flux2pixel.evaluate.suites import MINIATURE, assets_folder
 from flux2pixel.families.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 MEASURED = 2  # version of the fidelity measures: what was kept of another is computed again
 GRID = 16  # pixels: the patch of every known family, where images come without a model
@@ -84,7 +84,7 @@ def compare_with_images(
     """
     suite = next((outcome.suite for outcome in outcomes if outcome.suite.side), None)
     if suite is None:
-        say("fidelity: left out: the images differ in size; set eval.size, or add --suite geneval")
+        log("fidelity: left out: the images differ in size; set eval.size, or add --suite geneval")
         return
     outcomes = [outcome for outcome in outcomes if outcome.suite is suite]
     base, assets = _base(recipe, outcomes), assets_folder(recipe)
@@ -92,7 +92,7 @@ def compare_with_images(
     images = TrueImages(recipe.eval.reference, recipe.eval.fidelity_images, (suite.side, suite.side))
     lost = networks.absent(assets)
     for line in lost.values():
-        say(f"fidelity: left out: {line}")
+        log(f"fidelity: left out: {line}")
     weights = {
         name: digests.of_file(assets / file)
         for name, file in (("inception", INCEPTION_FILE), ("clip", CLIP_FILE), ("lpips", ALEXNET_FILE))
@@ -124,12 +124,12 @@ def _base(recipe: Recipe, outcomes: Sequence[Outcome]) -> Base | None:
     """The recipe's base, unless it would have to be got for images made elsewhere, or is of no known family."""
     here = recipe.base == MINIATURE or Path(recipe.base).is_dir()
     if not here and all(outcome.candidate.open is None for outcome in outcomes):
-        say(f"fidelity: {recipe.base} is not at hand: no ceiling of its VAE, blockiness on a grid of {GRID} pixels")
+        log(f"fidelity: {recipe.base} is not at hand: no ceiling of its VAE, blockiness on a grid of {GRID} pixels")
         return None
     try:
         return bases.open_base(bases.resolve(recipe.base))
     except UsageError as error:
-        say(f"fidelity: no ceiling of the VAE, blockiness on a grid of {GRID} pixels: {error}")
+        log(f"fidelity: no ceiling of the VAE, blockiness on a grid of {GRID} pixels: {error}")
         return None
 
 

@@ -20,7 +20,7 @@ from flux2pixel.evaluate.fidelity import streamed
 from flux2pixel.evaluate.fidelity.networks import Distance, Features, Networks
 from flux2pixel.evaluate.suite import Rgb, Sample, batches, read_rgb
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import bar, say
+from flux2pixel.runtime.progress import bar, log
 
 BATCH = 16
 CROPS = 4  # of each image, for patch-FID
@@ -78,7 +78,7 @@ class TrueImages:
                 f"{self.size[0]}x{self.size[1]} pixels; fidelity needs 2, and FID thousands"
             )
         if len(found) < self.count:
-            say(f"reference {self.spec}: {len(found)} usable images, {self.count} asked for (eval.fidelity_images)")
+            log(f"reference {self.spec}: {len(found)} usable images, {self.count} asked for (eval.fidelity_images)")
         return hashlib.sha256(" ".join([*found, str(self.size)]).encode()).hexdigest()
 
 

@@ -161,11 +161,11 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Any:
     """Open a folder written by `save` as transformers' model in float32; Flux2PixelError unless every key fits."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from flux2pixel.runtime.progress import hush
+    from flux2pixel.runtime.progress import quiet_libraries
 
     if not (folder / "model.safetensors").is_file():
         raise UsageError(f"{folder}: no converted detector there; `flux2pixel eval --suite geneval --fetch` makes it")
-    hush()
+    quiet_libraries()
     model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
     )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from flux2pixel.families.base import Base
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import say
+from flux2pixel.runtime.progress import log
 
 ADAPTER = "default"  # peft's own name for an adapter without one
 
@@ -117,7 +117,7 @@ def make_optimizer(network: nn.Module, groups: Sequence[Group], settings: Finetu
                 raise RuntimeError("there is no CUDA device")
             return bitsandbytes.optim.AdamW8bit(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         except (ImportError, RuntimeError) as error:
-            say(f"finetune: 8-bit AdamW does not work here ({error}); AdamW in float32 is used instead")
+            log(f"finetune: 8-bit AdamW does not work here ({error}); AdamW in float32 is used instead")
     return torch.optim.AdamW(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
