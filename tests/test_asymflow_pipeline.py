@@ -18,7 +18,7 @@ import flux2pixel
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.tokens import patchify
 from flux2pixel.convert.run import convert
-from flux2pixel.families import resolve
+from flux2pixel.models.base import resolve
 from flux2pixel.models.folder import tune_pipeline
 from flux2pixel.models.model import generate, open_model
 from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline, klein_mu, pack_basis, unpack_basis

@@ -18,9 +18,8 @@ from flux2pixel.convert.fitting import fit_without_images
 from flux2pixel.convert.plan import Plan, class_shapes, index_of, linkable
 from flux2pixel.convert.prepare import prepare
 from flux2pixel.convert.verify import Proof, check_written, prove
-from flux2pixel.families import open_base
-from flux2pixel.families.base import Base
 from flux2pixel.models import folder as folders
+from flux2pixel.models.base import Base, open_base
 from flux2pixel.recipe import Recipe, Sample, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError

@@ -10,7 +10,8 @@ from typing import Any
 
 from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families.base import Base, read_config
+from flux2pixel.families.configs import read_config
+from flux2pixel.models.base import Base
 from flux2pixel.models.hub import INDEXES
 from flux2pixel.recipe import Recipe, Sample, as_dict, dumps
 from flux2pixel.runtime import files

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow import color, schedule, tokens
 from flux2pixel.asymflow import solvers as sampler
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families.base import Base, Conditioning
+from flux2pixel.families.base import Conditioning
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.models.folder import equals_its_base
 from flux2pixel.recipe import Recipe, Sample
 from flux2pixel.runtime import device, files
