@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from flux2pixel import recipe as recipes
 from flux2pixel.data import Tally
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
 from flux2pixel.subspace.gather import gather, image_batches
 from flux2pixel.subspace.processes import Processes
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.columns import candidate
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer
@@ -28,6 +27,7 @@ from flux2pixel.evaluate.processes import current
 from flux2pixel.evaluate.run_suite import Task
 from flux2pixel.evaluate.suites import open_suites
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime import progress
 from flux2pixel.weights.subspace import write_subspace

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families import open_base, resolve
+from flux2pixel.models.base import open_base, resolve
 from flux2pixel.models.model import LatentModel, PixelModel, open_model, seeded_noise
 from flux2pixel.recipe import load
 from flux2pixel.runtime import device

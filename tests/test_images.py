@@ -431,7 +431,7 @@ def test_a_fit_takes_the_latents_beside_the_pictures(tmp_path, monkeypatch):
     """The sums are those of the VAE's own latents, and the VAE is not asked."""
     from safetensors.torch import save_file
 
-    from flux2pixel import families as bases
+    from flux2pixel.models import base as bases
     from flux2pixel.recipe import load
     from flux2pixel.subspace.gather import gather
     from flux2pixel.subspace.processes import Processes

@@ -103,11 +103,11 @@ def _fetch(recipe: Recipe) -> None:
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:
     """Refuse what is not there before anything heavy is imported."""
-    from flux2pixel.families import ALIASES, KNOWN
+    from flux2pixel.families.known import base_names
 
     for option, words in (("--model", models), ("--images", images)):
         for word in words:
             place = word.rpartition("=")[2].partition("+")[0]
-            if not Path(place).is_dir() and not (option == "--model" and place in {*ALIASES, *KNOWN}):
+            if not Path(place).is_dir() and not (option == "--model" and place in base_names()):
                 what = "a model folder, or a base" if option == "--model" else "a folder of images"
                 raise UsageError(f"{option} {word}: no such folder {place}; give {what}")

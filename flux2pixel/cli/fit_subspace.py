@@ -60,12 +60,12 @@ def fit_subspace_command(
 
             fit_subspace(job.recipe, job.run, out, merge or ())
         elif job.start(takes, [written], dry_run):
-            from flux2pixel.families import open_base
+            from flux2pixel.models.base import open_base
             from flux2pixel.subspace.run import fit_subspace
             from flux2pixel.subspace.settings import check
 
             launch.check_gpus(gpus)
-            check(job.recipe, open_base(job.recipe.base))
+            check(job.recipe, open_base(job.recipe.base, parts=("vae",)))
             if gpus > 1 and not launch.launched():
                 raise typer.Exit(launch.relaunch("fit-subspace", gpus))
             timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out, merge or ()))

@@ -13,8 +13,7 @@ from typing import Any
 import typer
 
 from flux2pixel import recipe as recipes
-from flux2pixel.families import ALIASES
-from flux2pixel.families.known import KNOWN
+from flux2pixel.families.known import base_names
 from flux2pixel.recipe import Recipe, setting
 from flux2pixel.runtime import launch
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError, one_line
@@ -99,7 +98,7 @@ def check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | No
     if gpus != 1:
         raise UsageError(f"--gpus {gpus}: only 1 device is supported now; leave it out")
     for model in models:
-        if model is not None and not model.is_dir() and str(model) not in {*ALIASES, *KNOWN}:
+        if model is not None and not model.is_dir() and str(model) not in base_names():
             raise UsageError(f"--model {model}: no such folder; give a converted or finetuned folder, or a base")
     if subspace is not None and not subspace.is_file():
         raise UsageError(f"--subspace {subspace}: no such file; write one with flux2pixel fit-subspace")

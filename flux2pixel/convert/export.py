@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flux2pixel import __version__
-from flux2pixel import families as bases
-from flux2pixel.families.base import Base, read_config
+from flux2pixel.families.configs import read_config
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import bar, log

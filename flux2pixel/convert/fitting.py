@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import device
 from flux2pixel.runtime.progress import log

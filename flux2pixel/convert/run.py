@@ -19,8 +19,7 @@ from flux2pixel.convert.fitting import fit_without_images
 from flux2pixel.convert.plan import Plan, class_shapes, index_of, linkable
 from flux2pixel.convert.prepare import prepare
 from flux2pixel.convert.verify import Proof, check_written, prove
-from flux2pixel.families.base import Base
-from flux2pixel.models.base import open_base
+from flux2pixel.models.base import Base, open_base
 from flux2pixel.models.folder import PixelFolder, digest_in_name, finish, write_folder
 from flux2pixel.models.sampler import Sampler, of_conversion
 from flux2pixel.recipe import Recipe, dumps

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models import base as bases
 from flux2pixel.models.folder import equals_its_base, is_pixel_folder
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate import results
 from flux2pixel.evaluate.columns import Candidate, candidate, named
 from flux2pixel.evaluate.digests import Digests
@@ -32,6 +31,7 @@ from flux2pixel.evaluate.suite import Sample
 from flux2pixel.evaluate.suites import MINIATURE, NO_TRUTH, open_suites
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device, files
 from flux2pixel.runtime.errors import UsageError

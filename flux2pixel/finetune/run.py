@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
-from flux2pixel.families.base import Base
 from flux2pixel.finetune import samples
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
@@ -34,6 +32,8 @@ from flux2pixel.finetune.step.objective import LatentReference, Objective, Share
 from flux2pixel.finetune.step.perceptual import load_lpips
 from flux2pixel.finetune.step.trainer import Stepped, Trainer
 from flux2pixel.finetune.validation import Held, Validation, hold_out
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.models.folder import read_folder
 from flux2pixel.models.model import PixelModel
 from flux2pixel.recipe import Recipe, as_dict

@@ -13,7 +13,7 @@ from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Tally
 from flux2pixel.data.cache import MANIFEST, Shards, read_manifest
 from flux2pixel.data.encode import fingerprint
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.processes import Processes
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 
 EXPONENT = 3.0  # of the power spectrum; 2 to 4 differ by 2 % in the basis's residual
 ROUND_TRIPS = 2  # a third gains another 0.5 %

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flux2pixel import families as bases
 from flux2pixel.data import Tally
-from flux2pixel.families.base import Base
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import bar, log
