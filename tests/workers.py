@@ -19,6 +19,7 @@ from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.launch import exit_process
+from flux2pixel.runtime.processes import join
 
 
 def kills(run: Path) -> None:
@@ -64,7 +65,8 @@ def _sabotage(kind: str, step: int) -> None:
 def two_ranks(run: Path) -> None:
     """LoRA under FSDP2: DTensors, the average against a whole one, an abort on all ranks, a checkpoint for one rank."""
     recipe = small(*LORA)
-    with parallel.team(recipe.finetune, lambda: stage.prepare(recipe, run, gpus=2)) as team:
+    with join(lambda: stage.prepare(recipe, run, gpus=2)) as alone:
+        team = parallel.meshed(alone, recipe.finetune.replicas)
         source, cache = stage.open_source(run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
         trainer = stage.build(recipe, source, team)
         state = trainer.state

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import quiet_libraries
 
 Conditioning = dict[str, Tensor]  # what a transformer is told beside tokens and time; the batch leads every value
@@ -261,7 +261,7 @@ class Base(ABC):
             loaded = loader.from_pretrained(self.folder / part, **options)
             return loaded.to(self.device) if isinstance(loaded, nn.Module) else loaded
         except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({str(error).splitlines()[0]})") from error
+            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({first_line(error)})") from error
 
     def load_encoder(self, part: str, loader: Any) -> Any:
         """A text encoder of transformers, in ``dtype``, frozen."""

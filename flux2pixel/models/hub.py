@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import log
 
 PARTS = ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")
@@ -41,7 +41,7 @@ def download(repo: str, parts: Sequence[str] = PARTS) -> Path:
             "or give --base a folder that holds it"
         ) from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"base: {repo}: the download stopped ({reason}); run again to resume it") from error
     if not (folder / "transformer" / "config.json").is_file():
         raise UsageError(f"base: {repo} has no transformer/config.json: not a base in diffusers' format; see {page}")

@@ -24,6 +24,7 @@ from flux2pixel.models.folder import equals_its_base
 from flux2pixel.recipe import Recipe, Sample
 from flux2pixel.runtime import device, files
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.progress import log
 
 CPU = torch.device("cpu")
@@ -187,7 +188,7 @@ def generate(
     """
     from PIL import Image
 
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     if model is None:
         found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
         model = found[0] if found else bases.resolve(recipe.base)
