@@ -17,6 +17,7 @@ from typing import Any
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import log
 
+WINDOWS = os.name == "nt"
 LISTING = ".flux2pixel.json"  # in a folder that we wrote: which stage did, and the names of its files
 
 
@@ -172,10 +173,9 @@ def sync(folder: Path) -> None:
 
 def _sync_one(path: Path) -> None:
     """fsync. Windows does that for files open for writing only, and not at all for folders."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
+    if WINDOWS and path.is_dir():
         return
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
