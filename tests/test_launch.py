@@ -92,7 +92,10 @@ def test_torchrun_is_asked_whether_it_knows_a_shutdown_timeout(started, monkeypa
     assert started["options"].shutdown_timeout == launch.SHUTDOWN_SECONDS
     parser = run.get_args_parser()
     action = next(a for a in parser._actions if a.dest == "shutdown_timeout")
-    parser._remove_action(action)
+    for group in parser._action_groups:
+        if action in group._group_actions:
+            group._group_actions.remove(action)
+    parser._actions.remove(action)
     for word in action.option_strings:
         del parser._option_string_actions[word]
     monkeypatch.setattr(run, "get_args_parser", lambda: parser)

@@ -154,6 +154,7 @@ def _names(folder: Path) -> set[str]:
 def _finish(folder: Path, stage: str) -> None:
     """List the files, give them the umask's permissions, and have all of it reach the disk."""
     listing = folder / LISTING
+    listing.unlink(missing_ok=True)  # it may have come with a copied model, as a link even
     listing.write_text(json.dumps({"stage": stage, "files": sorted(_names(folder))}, indent=1) + "\n")
     probe = _beside(listing)
     mode = _create(probe)

@@ -31,7 +31,7 @@ class Work:
     unit: str = ""
     done: float = 0
     before: float = 0
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def figures(self) -> str:
         """Such as ``1200/4000 images, 8.3 images/s, 0:05:37 left``; bytes in GB; a slow rate as ``12.5 s each``."""
