@@ -81,8 +81,7 @@ def eval_command(
         _check(model or (), images or ())
         takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
         takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
-        # Only one of a launched run's processes writes the recipe.
-        if rank == 0 and not job.start(takes, [out or job.run / REPORT], dry_run):
+        if not job.start(takes, [out or job.run / REPORT], dry_run):
             return
         if gpus > 1 and not launch.launched():
             from flux2pixel.evaluate.run import check

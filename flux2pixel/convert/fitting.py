@@ -21,7 +21,7 @@ def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
     """
     log("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
     log(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
-    place = str(device.choose())
+    place = device.choose(float64=True)
     base.vae.to(place)
     moments = prior_moments(recipe, base, place)
     basis, scale = procrustes(moments)

@@ -136,7 +136,7 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
     limit = recipe.finetune.images
     total = min(filter(None, (limit, source.count)), default=None)
     log(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
-    with bar("cache", total) as progress:
+    with bar("cache", total, unit="images") as progress:
         parts = _run_parts(recipe, folder, base, gpus, progress.advance)
     tally, items = Tally(recipe.data.max_broken), set()
     for part in parts:
@@ -193,7 +193,7 @@ def _finish(folder: Path, key: Key, recipe: Recipe, items: Iterable[tuple[str, s
 
 
 def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype | None, rank: int, world: int) -> Made:
-    torch.set_num_threads(max(1, recipe.threads // world))
+    launch.set_threads(recipe.threads, world)
     return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance)
 
 

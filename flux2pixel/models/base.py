@@ -20,7 +20,7 @@ from flux2pixel.families.known import KNOWN, Known, base_names
 from flux2pixel.models import text
 from flux2pixel.models.hub import INDEXES, PARTS, download
 from flux2pixel.models.offload import Offload, offloaded, rest
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import quiet_libraries
 from flux2pixel.weights.header import read_header
 
@@ -190,7 +190,7 @@ class Base:
         try:
             loaded, report = loader.from_pretrained(self.folder / part, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({text.first_line(error)})") from error
+            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({first_line(error)})") from error
         text.refuse_missing(self.folder / part, report["missing_keys"])
         return loaded.to(self.device) if place and isinstance(loaded, nn.Module) else loaded
 

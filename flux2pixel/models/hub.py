@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import log
 
 PARTS = ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")
@@ -149,8 +149,8 @@ def _one_line(named: str, repo: str) -> Iterator[None]:
             "connect and run again, or give --base a folder that holds it (no folder of this name is here)"
         ) from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UsageError(f"base: {named}: the download stopped ({lines[0]}); run again to resume it") from error
+        reason = first_line(error)
+        raise UsageError(f"base: {named}: the download stopped ({reason}); run again to resume it") from error
 
 
 def _beside(path: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2pixel.families.base import Encoder, device_of
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import UsageError, first_line
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "tekken.json")
 PICTURES = ("visual", "vision_tower", "multi_modal_projector")  # of models that also read pictures: never called
@@ -121,9 +121,3 @@ def refuse_missing(folder: Path, missing: Iterable[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UsageError(f"{folder}: its weights lack {names[0]}{more}; download or copy it again")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where there is none."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

@@ -52,7 +52,7 @@ def decode_pixels(base: Base, z: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def prior_pairs(
-    base: Base, count: int, batch: int, generator: Generator, device: str
+    base: Base, count: int, batch: int, generator: Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of token pairs x (B, N, D), z (B, N, r) of ``count`` images that the VAE imagines."""
     side = prior_side(base)
