@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.base import Base, read_config
 from flux2pixel.models.hub import INDEXES
-from flux2pixel.recipe import Recipe, Sample, as_dict, dumps
+from flux2pixel.recipe import Recipe, Sample, as_dict, base_defaults, dumps
 from flux2pixel.runtime import files
 
 CHANGED_PARTS = ("transformer", "vae")  # the one is written anew, the other has no use in pixel space
@@ -24,6 +25,16 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2, "flow_shift": 1.0},
     ),
 }
+
+
+def drawn_with(sample: Sample, folder: Path) -> Any:
+    """``sample`` with what it leaves open as the model in ``folder`` says of itself, or its base."""
+    described = folder / "asymflow.json"
+    own = json.loads(described.read_text())["sampler"] if described.is_file() else {}
+    own = own or base_defaults(str(folder)).get("sample", {})
+    told = {name: value for name, value in asdict(sample).items() if value is not None}
+    plain = Sample(steps=16, guidance=3.0, shift=1.0, solver="euler", orthogonal=False, gamut_clamp=True)
+    return replace(plain, **{name: value for name, value in own.items() if value is not None} | told)
 
 
 def companion_parts(folder: Path) -> tuple[str, ...]:
@@ -42,7 +53,8 @@ def write_asymflow(folder: Path, flow: AsymFlow, base: Base, recipe: Recipe) -> 
     save_file(tensors, folder / "asymflow.safetensors", {"format": "flux2pixel.asymflow", "recipe": dumps(recipe)})
     use = {"patch_size": base.patch_size, "patch_order": "c,ph,pw", "color_space": base.color_space}
     use |= {"base": recipe.base, "family": base.family}
-    use |= {"sigma_min": flow.sigma_min, "sampler": as_dict(recipe)["sample"], "version": __version__}
+    sampler = asdict(drawn_with(recipe.sample, base.folder))
+    use |= {"sigma_min": flow.sigma_min, "sampler": sampler, "version": __version__}
     files.write_json(folder / "asymflow.json", use)
 
 
@@ -58,13 +70,14 @@ def write_pipeline(folder: Path, base: Base, flow: AsymFlow, recipe: Recipe) -> 
     from flux2pixel.pipelines.flux2_klein import copy_code, pack_basis
 
     scheduler = read_config(base.folder / "scheduler" / "scheduler_config.json")
-    shift = recipe.sample.shift
+    sample = drawn_with(recipe.sample, base.folder)
+    shift = recipe.sample.shift or 1.0
     if shift == 1:
         shift = 0.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
     described: dict[str, Any] = {"_class_name": ["asymflow_pipeline", "AsymFlowPipeline"]}
     described |= {part: index[part] for part in ("scheduler", "text_encoder", "tokenizer", "transformer")}
     described |= {"is_distilled": base.distilled, "patch_size": base.patch_size, "sigma_min": flow.sigma_min}
-    described |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    described |= {"steps": sample.steps, "guidance": sample.guidance}
     # A shift of the latent time followed by the map to pixel noise levels is one shift, by the product.
     described |= {"shift": shift * float(flow.scale), "shift_side": 0, "orthogonal": False, "gamut_clamp": False}
     described |= {"scale": float(flow.scale), "basis": pack_basis(flow.basis)}
@@ -83,11 +96,12 @@ def tune_pipeline(folder: Path, sample: Sample, shift: float | None = None, shif
     if not index.is_file():
         return
     described = read_config(index)
+    sample = drawn_with(sample, folder)
     described |= {"steps": sample.steps, "guidance": sample.guidance}
     described |= {"orthogonal": sample.orthogonal, "gamut_clamp": sample.gamut_clamp}
     if shift is not None:
         described |= {"shift": shift, "shift_side": shift_side}
-    _write_scheduler(folder, described, sample.solver)
+    _write_scheduler(folder, described, str(sample.solver))
     files.write_json(index, described)
 
 

@@ -7,9 +7,10 @@ what differs between two columns of a report is the model alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,14 @@ from flux2pixel.asymflow import color, schedule, tokens
 from flux2pixel.asymflow import solvers as sampler
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.base import Base, Conditioning
-from flux2pixel.models.folder import equals_its_base
-from flux2pixel.recipe import Recipe, Sample
-from flux2pixel.runtime import device, files
+from flux2pixel.models.folder import drawn_with, equals_its_base
+from flux2pixel.recipe import Sample
+from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import log
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CPU = torch.device("cpu")
 
@@ -73,7 +77,14 @@ class LatentModel:
 
     base: Base
     flow: AsymFlow
-    settings: Sample
+    settings: Any
+
+    def __post_init__(self) -> None:
+        self.settings = drawn_with(self.settings, self.base.folder)
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> list[Image]:
+        """Images of the prompts."""
+        return _generate(self, prompts, **settings)
 
     @property
     def folder(self) -> Path:
@@ -109,8 +120,15 @@ class PixelModel:
     transformer: Any
     flow: AsymFlow
     patch: int
-    settings: Sample
+    settings: Any
     matched: bool = False
+
+    def __post_init__(self) -> None:
+        self.settings = drawn_with(self.settings, self.base.folder)
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> list[Image]:
+        """Images of the prompts."""
+        return _generate(self, prompts, **settings)
 
     @property
     def folder(self) -> Path:
@@ -157,7 +175,7 @@ def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False, p
 
 
 def _note_guidance(base: Base, settings: Sample) -> None:
-    if base.guidance == "none" and settings.guidance != 1:
+    if base.guidance == "none" and settings.guidance not in (None, 1):
         log(f"note: {base.folder} is distilled and takes no guidance; sample.guidance {settings.guidance:g} is ignored")
 
 
@@ -172,55 +190,54 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def generate(
-    recipe: Recipe,
-    run: Path,
-    prompt: str,
-    model: Path | None = None,
-    out: Path | None = None,
-    size: tuple[int | None, int | None] = (None, None),
-) -> Path:
-    """Make one image of ``prompt`` with the newest model of the run (finetuned, else converted, else the base).
+def open_model(
+    folder: str | Path,
+    sample: Sample | None = None,
+    *,
+    subspace: Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LatentModel | PixelModel:
+    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the basis in ``subspace``).
 
-    ``size`` is (height, width), pixels; 1024 a side, 32 for the miniature, where None. Raises UsageError if it is not
-    a whole number of tokens.
+    ``device`` is what its parts are loaded to, each when first used; what ``sample`` leaves open is the model's own.
     """
-    from PIL import Image
-
-    torch.set_num_threads(recipe.threads)
-    if model is None:
-        found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
-        model = found[0] if found else bases.resolve(recipe.base)
-    place = device.choose()
-    log(f"generate: model {model} on {device.describe(place)}")
-    side = 32 if recipe.base == "klein-tiny" else 1024
-    system = open_model(model, recipe, run, place)
-    patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
-    height, width = (length or side for length in size)
-    if height % patch or width % patch:
-        raise UsageError(f"--height {height} --width {width}: must be multiples of {patch}, the side of a token")
-    text, empty = system.text([prompt]), system.text([""])
-    noise = seeded_noise([(recipe.seed, 0)], (height // patch) * (width // patch), 3 * patch * patch)
-    image = to_bytes(system(text, empty, noise, (height, width)))[0]
-    path = out or run / "generated.png"
-    files.write(path, lambda temporary: Image.fromarray(image).save(temporary, format="png"))
-    log(f"wrote {path}")
-    return path
-
-
-def open_model(folder: Path, recipe: Recipe, run: Path, place: torch.device = CPU) -> LatentModel | PixelModel:
-    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis).
-
-    ``place`` is the device that its parts are loaded to, each when first used.
-    """
-    if (folder / "asymflow.json").is_file():
-        return load_pixel_model(folder, recipe.sample, matched=equals_its_base(folder), place=place)
+    sample, place = sample or Sample(), torch.device(device or CPU)
+    if (Path(folder) / "asymflow.json").is_file():
+        return load_pixel_model(Path(folder), sample, matched=equals_its_base(Path(folder)), place=place)
     from flux2pixel.weights.subspace import read_subspace
 
-    base = bases.open_base(folder)
+    base = bases.open_base(folder, dtype)
     base.device = place
-    subspace = run / "subspace.safetensors"
-    if not subspace.is_file():
+    if subspace is None or not subspace.is_file():
         raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")
-    _note_guidance(base, recipe.sample)
-    return LatentModel(base, read_subspace(subspace)[0].to(place), recipe.sample)
+    _note_guidance(base, sample)
+    return LatentModel(base, read_subspace(subspace)[0].to(place), sample)
+
+
+def _generate(
+    model: LatentModel | PixelModel,
+    prompts: str | Sequence[str],
+    *,
+    seed: int = 0,
+    count: int = 1,
+    size: tuple[int, int] | None = None,
+    negative: str = "",
+    on_image: Callable[[int], object] | None = None,
+) -> list[Image]:
+    """Draw ``count`` images of each prompt; ``size`` (height, width), pixels, is the model's own where not given."""
+    from PIL import Image
+
+    patch = model.patch if isinstance(model, PixelModel) else model.base.patch_size
+    height, width = size or (model.settings.height or 1024, model.settings.width or 1024)
+    if height % patch or width % patch:
+        raise UsageError(f"size {height}x{width} (height x width): must be multiples of {patch}, a token's side")
+    drawn: list[Image.Image] = []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        for _ in range(count):
+            text, empty = model.text([prompt]), model.text([negative])
+            noise = seeded_noise([(seed, len(drawn))], (height // patch) * (width // patch), 3 * patch * patch)
+            drawn += [Image.fromarray(image) for image in to_bytes(model(text, empty, noise, (height, width)))]
+            if on_image is not None:
+                on_image(1)
+    return drawn
