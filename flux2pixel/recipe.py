@@ -203,6 +203,7 @@ class Recipe:
     base: str = option("", "the latent base: an alias, a folder or a Hub id; empty = the bundled one")
     seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
     threads: int = option(0, "CPU threads; 0 = all of the machine", low=0)
+    device: str = option("auto", "auto | cuda | mps | xpu | cpu", choices=("auto", "cuda", "mps", "xpu", "cpu"))
     fit_subspace: FitSubspace = FitSubspace()
     convert: Convert = Convert()
     data: Data = Data()

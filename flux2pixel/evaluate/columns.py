@@ -70,7 +70,7 @@ def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Tex
     if lora is not None:
         digest = _join(digest, digests.of_model(lora) if lora.is_dir() else digests.of_file(lora))
     sample = asdict(drawn_with(recipe.sample, folder))
-    settings = {"kind": kind, "sample": sample, "noise": "numpy" if kind != "stock" else "torch"}
+    settings: dict[str, Any] = {"kind": kind, "sample": sample, "noise": "numpy" if kind != "stock" else "torch"}
     if kind == "pixel":
         settings["matched"] = equals_its_base(folder)
 

@@ -12,7 +12,7 @@ class Plugin(NamedTuple):
     name: str
     folder: Path
     suites: Any = None
-    sources: Any = None
+    sources: Any = ()
     truth: Any = None
 
 
@@ -27,4 +27,4 @@ def plugin(name: str) -> Plugin | None:
     """The registered base of that alias, or None."""
     from flux2pixel.families import ALIASES
 
-    return Plugin(name, ALIASES[name]) if name in ALIASES else None
+    return Plugin(name, ALIASES[name], sources={"scenes": None}) if name in ALIASES else None
