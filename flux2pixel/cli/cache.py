@@ -30,5 +30,5 @@ def cache_command(
     if not job.planned(takes, [folder]):
         from flux2pixel.data.encode import make, open_encoders
 
-        with job.stage("cache", [folder], then=job.command("finetune")):
+        with job.stage("cache", [folder], timed=False, then=job.command("finetune")):
             make(job.recipe, job.run, open_encoders(job.recipe), gpus)
