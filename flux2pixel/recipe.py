@@ -200,7 +200,7 @@ class Recipe:
     wrote: the recipe's file, ``--set`` and flags.
     """
 
-    base: str = option("", "the latent base: an alias, a folder or a Hub id; empty = the bundled one")
+    base: str = option("", "the latent base: an alias, a folder or a Hub id", low=1)
     seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
     threads: int = option(0, "CPU threads; 0 = all of the machine", low=0)
     device: str = option("auto", "auto | cuda | mps | xpu | cpu", choices=("auto", "cuda", "mps", "xpu", "cpu"))
@@ -291,6 +291,14 @@ def dumps(recipe: Recipe, *, comments: bool = False, sections: Sequence[str] = (
         if is_dataclass(value) and (not sections or name in sections):
             lines += ["", f"[{name}]", *_lines(value, comments)]
     return "\n".join(lines) + "\n"
+
+
+def template(base: str) -> str:
+    """A recipe of ``base`` to edit: every key with its meaning and its default, each but the base's a comment."""
+    lines = dumps(load(base=base), comments=True).splitlines()
+    lines = [f"threads = 0{line[line.index('  #') :]}" if line.startswith("threads =") else line for line in lines]
+    kept = ("format =", "base =", "[", "#")
+    return "\n".join(line if not line or line.startswith(kept) else f"# {line}" for line in lines) + "\n"
 
 
 def dumps_written(written: Mapping[str, Any]) -> str:

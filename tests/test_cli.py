@@ -216,6 +216,57 @@ def test_a_run_knows_its_base(tmp_path: Path, stages: list[Any]) -> None:
     assert stages[-1][1][0].base == "flux2-klein-9b"
 
 
+def test_the_first_screen_chains_on_one_base_and_one_run(
+    tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B3: the README's commands wrote two runs, of two bases."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    monkeypatch.setattr("flux2pixel.families.open_base", lambda *given, **named: None)
+    monkeypatch.setattr("flux2pixel.subspace.settings.check", lambda *given: None)
+    for words in (
+        ["fit-subspace", "--images", "photos"],
+        ["convert"],
+        ["finetune", "--images", "photos"],
+        ["eval", "--suite", "geneval"],
+        ["generate", "a cat"],
+    ):
+        result = invoke(*words, "--base", "flux2-klein-4b")
+        assert result.exit_code == 0, result.output
+    *fitted, (_, (model, _, how)), _ = stages
+    assert {(given[0].base, given[1]) for _, given in fitted} == {("flux2-klein-4b", Path("runs/flux2-klein-4b"))}
+    assert model == "flux2-klein-4b" and how["subspace"] is None, "the stand-ins made no model"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["flux2-klein-4b"]
+
+
+def test_a_dry_run_under_a_launcher_stops_every_process(
+    tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A21: rank 0 printed and left, the others trained."""
+    for rank in (0, 1):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        for words in (["finetune"], ["eval"], ["fit-subspace"]):
+            result = invoke(*words, "--run", tmp_path / "run", "--dry-run")
+            assert result.exit_code == 0 and ("takes " in result.stdout) == (rank == 0), result.output
+    assert not stages
+
+
+def test_a_training_that_is_stopped_in_order_keeps_its_recipe(
+    tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: Any) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(sys.modules["flux2pixel.finetune.run"], "finetune", stop)
+    file, run = tmp_path / "mine.toml", tmp_path / "run"
+    (run / "converted").mkdir(parents=True)
+    file.write_text("seed = 5\n")
+    assert invoke("finetune", "--run", run, "--recipe", file).exit_code == 0
+    assert load(run / "recipe.toml").written == {"seed": 5}
+
+
 def test_the_images_of_run_are_fitted_and_trained_on(tmp_path: Path, stages: list[Any]) -> None:
     """B4: photos went to the subspace only, and a 9B model was trained on scenes of 32 pixels."""
     (tmp_path / "a.png").touch()

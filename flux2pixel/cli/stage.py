@@ -37,8 +37,8 @@ class Job:
     dry_run: bool
 
     def planned(self, takes: Sequence[Path | str], writes: Sequence[Path]) -> bool:
-        """On a dry run print what the user wrote and the files of this command, and return True."""
-        if self.dry_run:
+        """Whether this is a dry run; if so, what the user wrote and the files of this command are printed, once."""
+        if self.dry_run and launch.rank() == 0:
             typer.echo("\n".join(self._plan(takes, writes)))
         return self.dry_run
 
@@ -76,7 +76,9 @@ class Job:
         began = time.perf_counter()
         try:
             yield
-        except BaseException:
+        except BaseException as left:
+            if isinstance(left, SystemExit) and not left.code:  # stopped in order, to go on later
+                self.keep_recipe()
             _remove_empty(made)
             raise
         if timed:

@@ -26,7 +26,7 @@ def option(
     above: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """Declare a field: its default, its meaning, and the values it may take."""
+    """Declare a field: its default, its meaning, and the values it may take (``low`` of a string: its length)."""
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "above": above, "high": high})
 
 
@@ -163,8 +163,9 @@ def _check(item: Field[Any], value: Any, where: str) -> Any:
         words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise UsageError(f"{where} = {toml(value)} must be {words[kind]}{example}")
     if isinstance(value, str):
-        if not value and default:
-            raise UsageError(f'{where} = "" must not be empty; its default is {toml(default)}')
+        if not value and (default or rule["low"]):
+            usual = f"its default is {toml(default)}" if default else "leave it out"
+            raise UsageError(f'{where} = "" must not be empty; {usual}')
         _check_choice(value, rule["choices"], where)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         _check_range(value, rule, where)
