@@ -202,6 +202,9 @@ def test_a_run_that_does_not_exist_is_an_error(
     (tmp_path / "runs" / "first").mkdir(parents=True)
     assert_one_line(invoke(*words, "--run", "runs/frist"), 2, "--run runs/frist: no such run; did you mean runs/first?")
     assert_one_line(invoke(*words, "--run", "elsewhere"), 2, "--run elsewhere: no such run; start one")
+    (tmp_path / "runs" / "first" / "finetuned").mkdir()
+    wrong = invoke("export", "runs/frist/finetuned", "--out", "a.safetensors")
+    assert_one_line(wrong, 2, "no such folder; did you mean runs/first/finetuned?")
     assert not stages
 
 

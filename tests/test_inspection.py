@@ -1,6 +1,7 @@
 """Inspection: what a good file says about itself, and what is said of a bad one."""
 
 import base64
+import functools
 import json
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from flux2pixel.cli import doctor as module
 from flux2pixel.cli.doctor import GIB, Card, doctor
 from flux2pixel.cli.inspect import inspect
 from flux2pixel.families.known import KNOWN
+from flux2pixel.finetune.plan.plan import Plan, plan
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.header import read_header
@@ -117,6 +119,14 @@ def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@functools.cache
+def planned(name: str) -> Plan:
+    """The plan of a shipped recipe, made once: it does not depend on the machine."""
+    return plan(load(RECIPES / f"{name}.toml"), Path("nowhere"))
+
+
 H100 = Card("cuda:0", "H100", 80 * 10**9, (9, 0))
 
 
@@ -140,6 +150,7 @@ def test_doctor_holds_the_recipe_against_the_machine(
     monkeypatch.setattr(module, "_host_memory", lambda: host * GIB)
     monkeypatch.setattr(module, "_hub", lambda known, offline: [])
     monkeypatch.setattr(module, "version", lambda name: "1")
+    monkeypatch.setattr("flux2pixel.finetune.plan.plan.plan", lambda recipe, run, gpus: planned(name))
     (tmp_path / "photos").mkdir()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**13))
     photos = [] if name == "klein-tiny" else [f"{s}.source={tmp_path / 'photos'}" for s in ("data", "fit_subspace")]

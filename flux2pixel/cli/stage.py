@@ -145,10 +145,7 @@ def check_run(job: Job) -> None:
     """Raise UsageError if the run does not exist, naming the nearest that does."""
     if job.run.is_dir() or job.dry_run:
         return
-    beside = job.run.parent
-    runs = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
-    near = difflib.get_close_matches(job.run.name, runs, n=1, cutoff=0.5)
-    hint = f"did you mean {beside / near[0]}?" if near else "start one with flux2pixel run, or name a --model"
+    hint = _nearest(job.run) or "start one with flux2pixel run, or name a --model"
     raise UsageError(f"--run {job.run}: no such run; {hint}")
 
 
@@ -161,7 +158,16 @@ def check_model(model: str | Path | None, option: str = "--model") -> None:
         return
     owner, slash, name = str(model).partition("/")
     if not (slash and owner and name and "/" not in name) or Path(owner).exists():
-        raise UsageError(f"{option} {model}: no such folder; give a model folder, a base or a Hub id")
+        hint = _nearest(Path(model)) or "give a model folder, a base or a Hub id"
+        raise UsageError(f"{option} {model}: no such folder; {hint}")
+
+
+def _nearest(path: Path) -> str:
+    """Ask whether the folder that is there and called most like ``path`` was meant; empty if none is."""
+    missing = next((one for one in (*reversed(path.parents), path) if not one.exists()), path)
+    beside = [one.name for one in missing.parent.iterdir() if one.is_dir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, beside, n=1, cutoff=0.5)
+    return f"did you mean {missing.parent / near[0] / path.relative_to(missing)}?" if near else ""
 
 
 def check_subspace(subspace: Path | None) -> None:
