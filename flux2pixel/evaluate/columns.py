@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from flux2pixel.evaluate.drawing import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.models import base as bases
 from flux2pixel.models.folder import equals_its_base, is_pixel_folder
-from flux2pixel.recipe import Recipe, as_dict
+from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import device
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
 
@@ -69,7 +69,8 @@ def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Tex
         digest = _join(digest, digests.of_file(run / "subspace.safetensors"))
     if lora is not None:
         digest = _join(digest, digests.of_model(lora) if lora.is_dir() else digests.of_file(lora))
-    settings = {"kind": kind, "sample": as_dict(recipe)["sample"], "noise": "numpy" if kind != "stock" else "torch"}
+    sample = asdict(drawn_with(recipe.sample, folder))
+    settings: dict[str, Any] = {"kind": kind, "sample": sample, "noise": "numpy" if kind != "stock" else "torch"}
     if kind == "pixel":
         settings["matched"] = equals_its_base(folder)
 
@@ -163,7 +164,7 @@ class StockDrawer:
         self._pipeline.to(place)
         if lora is not None:
             self._pipeline.load_lora_weights(lora)
-        self._sample = recipe.sample
+        self._sample = drawn_with(recipe.sample, folder)
         # The miniature's text encoder takes 12 tokens; pipelines ask for 512 unless told.
         limit = getattr(getattr(self._pipeline, "tokenizer", None), "model_max_length", 512)
         self._options = (

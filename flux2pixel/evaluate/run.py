@@ -155,7 +155,7 @@ def _report(
         one = outcome.candidate
         row = report["models"].setdefault(one.name, {"path": str(one.path), "kind": one.kind, "digest": one.digest})
         if one.open is not None:
-            row["steps"] = recipe.sample.steps
+            row["steps"] = one.settings["sample"]["steps"]
             row["generation"] = dict(one.settings) | {"seed": recipe.seed}
         if outcome.seconds_per_image is not None:
             row["seconds_per_image"] = outcome.seconds_per_image
