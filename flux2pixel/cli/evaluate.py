@@ -1,5 +1,6 @@
 """``eval``."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +80,10 @@ def eval_command(
             _fetch(job.recipe)
             return
         _check(model or (), images or ())
+        if run is not None and not run.is_dir() and not (model or images or base):
+            raise UsageError(
+                f"--run {run}: no such run; name one, or say what to score with --model, --images or --base"
+            )
         takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
         takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
         # Only one of a launched run's processes writes the recipe.
@@ -108,6 +113,9 @@ def _check(models: Sequence[str], images: Sequence[str]) -> None:
     for option, words in (("--model", models), ("--images", images)):
         for word in words:
             place = word.rpartition("=")[2].partition("+")[0]
-            if not Path(place).is_dir() and not (option == "--model" and place in {*ALIASES, *KNOWN}):
-                what = "a model folder, or a base" if option == "--model" else "a folder of images"
+            # org/name is on the Hub, unless a folder org is here: then it is a path with a typing error.
+            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not Path(place).parent.is_dir()
+            known = option == "--model" and (hub or place in {*ALIASES, *KNOWN})
+            if not Path(place).is_dir() and not known:
+                what = "a model folder, a base, or a model on the Hub" if option == "--model" else "a folder of images"
                 raise UsageError(f"{option} {word}: no such folder {place}; give {what}")

@@ -15,24 +15,39 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from flux2pixel.evaluate import png
 from flux2pixel.evaluate.layout import GRID, ImageFile
-from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.evaluate.suite import Prompt, Size
+from flux2pixel.runtime.errors import Flux2PixelError
 
 WRITERS = 4  # threads that compress; zlib works outside the interpreter's lock
 AHEAD = 64  # encoded images that may wait for the disk
-FORMAT = 1  # of the settings below: a change of what draws the noise or the pixels must raise it
+FORMAT = 2  # of the settings below: a change of what draws the noise or the pixels must raise it
 
-Size = tuple[int, int]  # width, height
 Key = tuple[int, int]  # what seeds an image: (seed and prompt, sample)
 
 
 class Drawer(Protocol):
-    """A loaded model that draws."""
+    """A loaded model that draws; `close` lets its weights go."""
 
     def draw(self, prompts: Sequence[str], keys: Sequence[Key], size: Size) -> np.ndarray:
         """One image a prompt and key: (B, H, W, 3) uint8. Equal prompt, key and size give the equal image."""
+
+    def close(self) -> None: ...
+
+
+def to_image(images: Tensor, prompts: Sequence[str], keys: Sequence[Key]) -> np.ndarray:
+    """(B, H, W, 3) in [0, 1] -> uint8. Flux2PixelError naming prompt and seed of an image with a NaN or infinity."""
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        bad = finite.index(False)
+        raise Flux2PixelError(
+            f"{prompts[bad]!r}, seed {keys[bad][0]}, sample {keys[bad][1]}: the model drew values that are not finite; "
+            "its weights or settings are broken, so nothing of this batch was written"
+        )
+    return np.asarray((images.clamp(0, 1) * 255).round().byte().cpu().contiguous())
 
 
 @dataclass(frozen=True)
