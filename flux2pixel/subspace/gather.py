@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
+from flux2pixel.data.sources import own_source
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files
@@ -56,7 +57,7 @@ def image_batches(
             return True
 
     # Pictures of their own sizes seldom share one, and would be held back waiting for company.
-    batch = settings.batch if settings.resolution or settings.source == "scenes" else 1
+    batch = settings.batch if settings.resolution or own_source(settings.source) else 1
     rules = Rules(Buckets(settings.resolution, base.patch_size))
     source, limit = open_images(settings.source), settings.images
     place = {"rank": team.rank, "world": team.world}
