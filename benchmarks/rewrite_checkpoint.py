@@ -84,9 +84,9 @@ def child(base: str, out: str, link: bool) -> None:
     """Convert as the stage does, up to and with the check of the written folder; no ``out``: only import and plan."""
     import torch
     from diffusers import Flux2Transformer2DModel  # noqa: F401  # the first use would count as rewriting
+    from flux2pixel.convert.extras import Extras
 
     from flux2pixel.asymflow.method import AsymFlow
-    from flux2pixel.convert.extras import Extras
     from flux2pixel.convert.plan import class_shapes
     from flux2pixel.convert.prepare import prepare
     from flux2pixel.convert.run import write_transformer

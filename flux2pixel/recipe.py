@@ -65,6 +65,11 @@ class Convert:
 
     verify_steps: int = _option(64, "sampling steps of the float64 exactness test", low=1)
     tolerance: float = _option(1e-9, "largest absolute error of that test; above it nothing is written", above=0)
+    proof: str = _option(
+        "auto",
+        "auto | whole | blocks: that test on the whole model where it fits in memory, or on one block of each kind",
+        choices=("auto", "whole", "blocks"),
+    )
     dtype: str = _option(
         "keep", "keep | bf16 | fp16 | fp32: of the written transformer", choices=("keep", "bf16", "fp16", "fp32")
     )

@@ -18,6 +18,7 @@ from flux2pixel.cli.finetune import finetune_command
 from flux2pixel.cli.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.cli.generate import generate_command
 from flux2pixel.cli.run import run_all
+from flux2pixel.cli.verify import verify_command
 from flux2pixel.runtime.launch import exit_process, launched
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("run")(run_all)
 app.command("fit-subspace")(fit_subspace_command)
 app.command("convert")(convert_command)
+app.command("verify")(verify_command)
 app.command("cache")(cache_command)
 app.command("finetune")(finetune_command)
 app.command("eval")(eval_command)

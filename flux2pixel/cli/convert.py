@@ -19,7 +19,6 @@ from flux2pixel.cli.options import (
     Set,
     Subspace,
 )
-from flux2pixel.convert.extras import Extras, parse_lora
 from flux2pixel.runtime.errors import UsageError
 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the written transformer: keep, bf16, fp16 or fp32.")]
@@ -38,6 +37,19 @@ Adapter = Annotated[
 ]
 Link = Annotated[bool, typer.Option("--link", help="Share unchanged weight files with the base by hard links.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already at --out.")]
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE:STRENGTH``. Raises UsageError if the file is absent or the strength no number."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        path, strength = text, "1"
+    if not Path(path).is_file():
+        raise UsageError(f"--lora {text}: no such file; write it as FILE or FILE:STRENGTH")
+    try:
+        return Path(path), float(strength)
+    except ValueError as error:
+        raise UsageError(f"--lora {text}: {strength!r} is not a number; write it as FILE or FILE:STRENGTH") from error
 
 
 def convert_command(
@@ -71,7 +83,7 @@ def convert_command(
         job = resolve(
             recipe, run, assignments, base=base, seed=seed, convert__dtype=dtype, convert__shard_size=shard_size
         )
-        extras = Extras(link, weights, tuple(map(parse_lora, lora or ())), adapter)
+        loras = tuple(map(parse_lora, lora or ()))
         fitted = adapter or subspace or job.run / SUBSPACE
         takes: list[Path | str] = [
             f"base {job.recipe.base}",
@@ -79,10 +91,18 @@ def convert_command(
         ]
         destination = out or job.run / CONVERTED
         if job.start(takes, [destination], dry_run):
+            from flux2pixel.convert.prepare import Extras
             from flux2pixel.convert.run import convert
+            from flux2pixel.runtime.device import choose
 
-            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras))
+            if not fitted.is_file():
+                from flux2pixel.subspace.without_images import fit_without_images
+
+                fit_without_images(job.recipe, fitted)
+            extras, device = Extras(link, weights, loras, adapter), choose()
+            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras, device=device))
         else:
-            from flux2pixel.convert.prepare import prepare
+            from flux2pixel.convert.prepare import Extras, prepare
 
-            typer.echo("\n".join(prepare(job.recipe, None, extras).plan.lines(destination)))
+            extras = Extras(link, weights, loras, adapter)
+            typer.echo("\n".join(prepare(job.recipe, None, extras, fetch=False).plan.lines(destination)))

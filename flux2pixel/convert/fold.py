@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.solvers import euler
 from flux2pixel.families.base import Order, Projections
 from flux2pixel.runtime.errors import UsageError
 
@@ -108,33 +106,42 @@ class Float64Throughout(TorchFunctionMode):
 
 
 @torch.no_grad()
-def exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
+def exactness(
+    latent: Network,
+    pixel: Network,
+    flow: AsymFlow,
+    noise: Tensor,
+    steps: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> float:
     """Sample both models from coupled noise on matched grids; return the largest absolute error of the identities.
 
-    ``latent(z, tau)`` and ``pixel(x, tau)`` are the two networks on tokens; ``noise`` is eps, (B, N, D) float64. After
-    every Euler step A^T x = z / k and (I - P) x = sigma (I - P) eps must hold (AsymFlow's acceptance test).
+    ``latent(z, tau)`` and ``pixel(x, tau)`` are the two networks on tokens; ``noise`` is eps, (B, N, D) float64, on the
+    networks' device. After every Euler step A^T x = z / k and (I - P) x = sigma (I - P) eps must hold (AsymFlow's
+    acceptance test); then ``on_step`` is called.
     """
     with Float64Throughout():
-        return _exactness(latent, pixel, flow, noise, steps)
+        return _exactness(latent, pixel, flow.to(noise.device), noise, steps, on_step)
 
 
-def _exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
+def _exactness(
+    latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int, on_step: Callable[[], object]
+) -> float:
     basis, scale = flow.basis.to(noise.dtype), flow.scale.to(noise.dtype)
-    taus = schedule.grid(steps, dtype=noise.dtype)
+    taus = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
     sigmas = flow.sigma_of(taus)
     z, x = noise @ basis, noise
     off_plane = noise - (noise @ basis) @ basis.mT
     worst = 0.0
     for i in range(steps):
         z = z + (taus[i + 1] - taus[i]) * latent(z, taus[i].expand(len(z)))
-
-        def predict(tokens: Tensor, sigma: Tensor) -> Tensor:
-            k, tau = flow.calibrate(sigma.expand(len(tokens)))
-            return flow.predict_x0(pixel(k.view(-1, 1, 1) * tokens, tau), tokens, sigma.expand(len(tokens)))
-
-        x = euler(predict, x, sigmas[i : i + 2])
+        sigma = sigmas[i].expand(len(x))
+        k, tau = flow.calibrate(sigma)
+        x0 = flow.predict_x0(pixel(k.view(-1, 1, 1) * x, tau), x, sigma)
+        x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
         k_next = 1 / (scale * (1 - sigmas[i + 1]) + sigmas[i + 1])
         inside = (x @ basis - z / k_next).abs().max()
         outside = (x - (x @ basis) @ basis.mT - sigmas[i + 1] * off_plane).abs().max()
         worst = max(worst, inside.item(), outside.item())
+        on_step()
     return worst

@@ -8,11 +8,12 @@ transformer's own projections want is the family's business, here and in the fol
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import quiet_libraries
+from flux2pixel.runtime.progress import log, quiet_libraries
 
 Conditioning = dict[str, Tensor]  # what a transformer is told beside tokens and time; the batch leads every value
 Reference = tuple[Tensor, tuple[int, int]]  # tokens (B, M, C) of a picture to edit, and their (h, w) grid
@@ -300,6 +301,32 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON ({error}); download it again") from error
     return config
+
+
+def init_config(network: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments out of a written configuration, as the stock class ``network`` itself reads it.
+
+    Keys that the file lacks have the class's defaults, so that a family may ask for any of them; those that the class
+    does not know are dropped, with one logged line, as diffusers does.
+    """
+    from diffusers.utils import logging as diffusers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # our line says it, once
+    try:
+        given, unknown, _ = network.extract_init_dict(dict(config))
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    _log_unknown(network.__name__, tuple(sorted(unknown)))
+    parameters = inspect.signature(network.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return defaults | given
+
+
+@cache
+def _log_unknown(network: str, unknown: tuple[str, ...]) -> None:
+    if unknown:
+        log(f"config: {network} does not know {', '.join(unknown)}: left out, as diffusers does")
 
 
 def stock_config(config: dict[str, Any]) -> dict[str, Any]:

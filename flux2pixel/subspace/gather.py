@@ -21,8 +21,8 @@ from torch import Tensor
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
 from flux2pixel.families.base import Base
+from flux2pixel.models.digest import vae_digest
 from flux2pixel.recipe import Recipe
-from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.cached import Pairs, cached_pairs, is_cache
@@ -131,14 +131,6 @@ def fingerprint(base: Base, recipe: Recipe) -> str:
     settings = recipe.fit_subspace
     parts = [settings.source, settings.images, settings.resolution, base.patch_size, base.color_space, vae_digest(base)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def vae_digest(base: Base) -> str:
-    """SHA-256 over the VAE's weight files."""
-    weights = sorted((base.folder / "vae").glob("*.safetensors"))
-    if len(weights) == 1:
-        return files.digest(weights[0])
-    return hashlib.sha256("".join(files.digest(file) for file in weights).encode()).hexdigest()
 
 
 class Saved:
