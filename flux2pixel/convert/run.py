@@ -78,6 +78,7 @@ def convert(
         copy_companions(job.plan, folder)
         copy_licence(base, folder)
         record = made_with | source_of(base.folder)
+        record |= {"asymflow_sha256": files.digest(folder / "asymflow.safetensors")}
         record |= {"exactness": proof.as_dict() if proof.depth != "none" else None}
         if job.adapter:
             record |= {"exactness": None, "trunk": proof.as_dict()}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flux2pixel import recipe as recipes
+from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.prepare import Extras, Job, prepare
 from flux2pixel.convert.proof import Proof, check_tensors, open_written, prove
 from flux2pixel.convert.run import read_flow
@@ -52,7 +53,7 @@ def verify(
     extras = _extras(record, made_with)
     flow = read_flow(folder)
     job = prepare(recipe, None if extras.adapter else flow, extras)
-    _check_flow(folder, job, flow)
+    _check_flow(folder, job, flow, record)
     written = open_written(folder / "transformer", job)
     trained = trained_names(folder, job)
     if trained is not None and not any(output.name not in trained for output in job.outputs):
@@ -132,8 +133,14 @@ def _extras(record: dict[str, Any], made_with: Collection[Path]) -> Extras:
     return Extras(weights=single["weights"], loras=loras, adapter=single["adapter"])
 
 
-def _check_flow(folder: Path, job: Job, flow: Any) -> None:
-    """The folder's basis and scale are those of its adapter, to the bit, where it was made from one."""
+def _check_flow(folder: Path, job: Job, flow: AsymFlow, record: dict[str, Any]) -> None:
+    """The folder's basis and scale are those it was made with.
+
+    Sampling cannot tell: a scale that fits no image is as exact as any other.
+    """
+    path = folder / "asymflow.safetensors"
+    if record.get("asymflow_sha256", digest := files.digest(path)) != digest:
+        raise Flux2PixelError(f"{path}: not the file that the conversion wrote; convert again")
     width = (job.base.token_width, job.base.latent_width)
     if tuple(flow.basis.shape) != width:
         raise Flux2PixelError(f"{folder}/asymflow.safetensors: basis {tuple(flow.basis.shape)}, the base needs {width}")
