@@ -135,5 +135,5 @@ def test_a_key_that_is_no_half_of_a_pair_is_refused(tmp_path, odd):
 def test_pairs_that_the_translation_loses_are_refused(tmp_path):
     """SD3.5's loader leaves Kohya's names as they are."""
     save_file(pair("lora_unet_joint_blocks_0_x_block_attn_proj")[0], tmp_path / "lora.safetensors")
-    with pytest.raises(Flux2PixelError, match="not a half of a LoRA pair|understands 0 of its 1"):
+    with pytest.raises(Flux2PixelError, match=r"not a half of a LoRA pair|understands 0 of its 1"):
         read_adapter(tmp_path / "lora.safetensors", "sd3")
