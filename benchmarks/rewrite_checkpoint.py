@@ -3,10 +3,10 @@
     python benchmarks/rewrite_checkpoint.py [--folder DIR] [--double 8 --single 24] [--shard 5] [--repeats 3]
 
 Makes a synthetic base with klein 9B's own tensor shapes (random bytes, depth reduced on request), then in turn copies
-its transformer with ``cp -r`` and converts it: plan, copy, fold, read back, hash, check every value, reopen, compare the
-folded tensors with the independent fold. Both sides end with
-their bytes on the disk (``sync``, ``fsync``); importing the libraries is not counted. Prints medians, the ratio,
-``--link``, and the memory of a process that converts less that of one that has only imported the libraries and planned.
+its transformer with ``cp -r`` and converts it: plan, copy, fold, read back, hash, check every value, reopen, compare
+the folded tensors with the independent fold. Both sides end with their bytes on the disk (``sync``); importing the
+libraries is not counted. Prints medians, the ratio, ``--link``, and the memory of a process that converts less that of
+one that has only imported the libraries and planned.
 Everything it wrote is deleted.
 """
 
@@ -88,8 +88,8 @@ def child(base: str, out: str, link: bool) -> None:
 
     from flux2pixel.asymflow.linalg import polar
     from flux2pixel.asymflow.method import AsymFlow
+    from flux2pixel.convert.compare import check_tensors, open_written
     from flux2pixel.convert.prepare import Extras, prepare
-    from flux2pixel.convert.proof import check_tensors, open_written
     from flux2pixel.convert.run import check_places, write_transformer
     from flux2pixel.recipe import load
 

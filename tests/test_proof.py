@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flux2pixel.asymflow.linalg import polar
 from flux2pixel.cli import app
-from flux2pixel.convert import fold, plan, proof
+from flux2pixel.convert import compare, fold, plan, proof
 from flux2pixel.convert.prepare import Extras
 from flux2pixel.convert.run import convert
 from flux2pixel.convert.verify import verify
@@ -89,7 +89,7 @@ def test_stored_weights_that_sample_worse_than_their_dtype_are_refused(tmp_path,
     """The second bar by itself: the comparison of tensors is taken out, and the sampling sees the wrong fold."""
     honest = plan.fold_tensor
     monkeypatch.setattr(plan, "fold_tensor", lambda *given: 1.5 * honest(*given))
-    monkeypatch.setattr(proof, "_compare", lambda *given: (0.0, []))
+    monkeypatch.setattr(compare, "_compare", lambda *given: (0.0, []))
     with pytest.raises(Flux2PixelError, match="weights as stored are off by"):
         run(tmp_path, "flux2-klein", "convert.dtype=bf16")
     assert not (tmp_path / "converted").exists()
@@ -102,7 +102,7 @@ def test_two_ways_of_folding_agree(tmp_path, name):
     state = base.transformer.state_dict()
     for key in fold.folded_names(base.projections) & state.keys():
         one = fold.fold_tensor(key, state[key].double(), basis, base.projections)
-        other = proof.refold(key, state[key].double(), basis, base.projections)
+        other = compare.refold(key, state[key].double(), basis, base.projections)
         assert one.shape == other.shape and torch.allclose(one, other, atol=1e-12), key
 
 

@@ -78,7 +78,7 @@ def compare_command(
 ) -> None:
     """The angles between two bases and the ratio of their scales."""
     with one_line_errors(debug):
-        from flux2pixel.weights.subspace import compare
+        from flux2pixel.subspace.compare import compare
 
         typer.echo(compare(first, second))
 

@@ -16,9 +16,10 @@ import torch
 from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.card import card, copy_licence
+from flux2pixel.convert.compare import check_tensors, open_written
 from flux2pixel.convert.plan import Plan, index_of, latent_config, pixel_config
 from flux2pixel.convert.prepare import Extras, Job, prepare
-from flux2pixel.convert.proof import Proof, check_tensors, open_written, prove
+from flux2pixel.convert.proof import Proof, prove
 from flux2pixel.families.base import Base
 from flux2pixel.models import folder as folders
 from flux2pixel.models.digest import vae_digest

@@ -18,8 +18,9 @@ import torch
 
 from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.convert.compare import check_tensors, open_written
 from flux2pixel.convert.prepare import Extras, Job, prepare
-from flux2pixel.convert.proof import Proof, check_tensors, open_written, prove
+from flux2pixel.convert.proof import Proof, prove
 from flux2pixel.convert.run import read_flow
 from flux2pixel.families.base import Base, read_config
 from flux2pixel.recipe import Convert
