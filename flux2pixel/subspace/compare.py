@@ -10,15 +10,6 @@ from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.diagnostics import principal_angles
 from flux2pixel.weights.subspace import read_subspace
 
-_NAMES, quantiles, strict=True))
-    )
-    if shapes[0] == shapes[1]:
-        cosines = (a.basis.double() * b.basis.double()).sum(0)
-        lines.append(f"cosine of each axis with its namesake: mean {cosines.mean():.4f}, least {cosines.min():.4f}")
-    lines.append(f"scale: {float(a.scale):.5g} and {float(b.scale):.5g}, ratio {float(a.scale / b.scale):.5g}")
-    return "\n".join(lines)
-
-
 _NAMES = ("least", "quarter", "median", "three quarters", "largest")
 
 
@@ -35,4 +26,10 @@ def compare(first: Path, second: Path) -> str:
     lines = [f"{path}: {shape[0]} x {shape[1]}" for path, shape in zip((first, second), shapes, strict=True)]
     quantiles = angles.quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)).tolist()
     lines.append(
-        "principal angles, degrees: " + "  ".join(f"{name} {q:.3g}" for name, q in zip(
+        "principal angles, degrees: " + "  ".join(f"{name} {q:.3g}" for name, q in zip(_NAMES, quantiles, strict=True))
+    )
+    if shapes[0] == shapes[1]:
+        cosines = (a.basis.double() * b.basis.double()).sum(0)
+        lines.append(f"cosine of each axis with its namesake: mean {cosines.mean():.4f}, least {cosines.min():.4f}")
+    lines.append(f"scale: {float(a.scale):.5g} and {float(b.scale):.5g}, ratio {float(a.scale / b.scale):.5g}")
+    return "\n".join(lines)
