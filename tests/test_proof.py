@@ -188,7 +188,7 @@ def test_another_scale_is_found(converted):
     """Any scale samples exactly; that it is the fitted one only the record tells."""
     tensors = load_file(converted / "asymflow.safetensors")
     save_file(tensors | {"scale": torch.tensor(1.8)}, converted / "asymflow.safetensors")
-    with pytest.raises(Flux2PixelError, match="not the file that the conversion wrote"):
+    with pytest.raises(Flux2PixelError, match="not the basis and scale that the conversion wrote"):
         verify(converted, settings=QUICK)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Matrix = tuple[tuple[float, ...], ...]
+
 OFFSET = (0.56, 0.0, 0.01)
 SPREAD = 0.16
 
@@ -23,14 +25,23 @@ _LMS_TO_LAB = (
 )
 
 
-def _matrix(rows: tuple[tuple[float, ...], ...], like: Tensor, inverse: bool = False) -> Tensor:
+def _inverse(rows: Matrix) -> Matrix:
     # Inverted in float64 whatever the caller's dtype, so that encode and decode undo each other.
-    exact = torch.tensor(rows, dtype=torch.float64)
-    return (torch.linalg.inv(exact) if inverse else exact).to(like)
+    return tuple(tuple(row) for row in torch.linalg.inv(torch.tensor(rows, dtype=torch.float64)).tolist())
 
 
-def _mix(matrix: Tensor, image: Tensor) -> Tensor:
-    return torch.einsum("ij,...jhw->...ihw", matrix, image)
+_LMS_TO_RGB, _LAB_TO_LMS = _inverse(_RGB_TO_LMS), _inverse(_LMS_TO_LAB)
+
+
+def _mix(rows: Matrix, image: Tensor) -> Tensor:
+    """A 3 x 3 matrix on the channels, by products and sums of scalars: no matrix product that TF32 could round."""
+    one, two, three = image.unbind(-3)
+    return torch.stack([a * one + b * two + c * three for a, b, c in rows], dim=-3)
+
+
+def _exact(image: Tensor) -> Tensor:
+    """The image in float32, or float64 if it is: half precision is too coarse for a cube root."""
+    return image if image.dtype == torch.float64 else image.float()
 
 
 def _channelwise(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -49,18 +60,19 @@ def linear_to_srgb(linear: Tensor) -> Tensor:
 
 
 def encode(rgb: Tensor) -> Tensor:
-    """sRGB in [0, 1], (..., 3, H, W) -> normalised Oklab of the same shape."""
-    lms = _mix(_matrix(_RGB_TO_LMS, rgb), srgb_to_linear(rgb))
-    lab = _mix(_matrix(_LMS_TO_LAB, rgb), lms.clamp(min=0) ** (1 / 3))
-    return (lab - _channelwise(OFFSET, rgb)) / SPREAD
+    """sRGB in [0, 1], (..., 3, H, W) -> normalised Oklab, same shape; float32 or better, whatever the autocast."""
+    with torch.autocast(rgb.device.type, enabled=False):
+        lms = _mix(_RGB_TO_LMS, srgb_to_linear(_exact(rgb)))
+        lab = _mix(_LMS_TO_LAB, lms.clamp(min=0) ** (1 / 3))
+        return (lab - _channelwise(OFFSET, lab)) / SPREAD
 
 
 def decode(image: Tensor) -> Tensor:
-    """Normalised Oklab -> sRGB in [0, 1]; linear RGB outside the gamut is clamped."""
-    lab = image * SPREAD + _channelwise(OFFSET, image)
-    lms = _mix(_matrix(_LMS_TO_LAB, image, inverse=True), lab) ** 3
-    linear = _mix(_matrix(_RGB_TO_LMS, image, inverse=True), lms)
-    return linear_to_srgb(linear.clamp(0, 1))
+    """Normalised Oklab -> sRGB in [0, 1]; linear RGB outside the gamut is clamped. Float32 or better, as encode."""
+    with torch.autocast(image.device.type, enabled=False):
+        image = _exact(image)
+        lms = _mix(_LAB_TO_LMS, image * SPREAD + _channelwise(OFFSET, image)) ** 3
+        return linear_to_srgb(_mix(_LMS_TO_RGB, lms).clamp(0, 1))
 
 
 def clamp_to_gamut(image: Tensor) -> Tensor:

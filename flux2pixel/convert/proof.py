@@ -8,6 +8,7 @@ what rounding to their dtype costs, which is measured beside it with weights tha
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -78,6 +79,13 @@ class Proof:
             *lines,
             f"{what}: {self.max_abs_error:.1e} over {self.steps} Euler steps in float64 ({self.depth}){rounding}",
         ]
+
+
+def flow_digest(flow: AsymFlow) -> str:
+    """SHA-256 of basis and scale as a folder stores them, in float32, whatever else its file holds."""
+    found = hashlib.sha256(flow.basis.float().contiguous().numpy().tobytes())
+    found.update(flow.scale.float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def prove(

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 
 from flux2pixel import __version__
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.card import card, copy_licence
 from flux2pixel.convert.compare import check_tensors, open_written
 from flux2pixel.convert.plan import Plan, index_of, latent_config, pixel_config
 from flux2pixel.convert.prepare import Extras, Job, prepare
-from flux2pixel.convert.proof import Proof, prove
+from flux2pixel.convert.proof import Proof, flow_digest, prove
 from flux2pixel.families.base import Base
-from flux2pixel.models import folder as folders
 from flux2pixel.models.digest import vae_digest
-from flux2pixel.recipe import Recipe, Sample, dumps
+from flux2pixel.models.folder import PixelFolder, digest_in_name, finish, write_folder
+from flux2pixel.models.sampler import Sampler, of_conversion
+from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import bar, log
@@ -32,7 +34,7 @@ from flux2pixel.weights.subspace import read_subspace
 from flux2pixel.weights.write import copy_file, link_or_copy, write_file
 
 # The published sampler of the released pixel model.
-PUBLISHED = Sample(steps=38, guidance=4.0, solver="unipc", orthogonal=True, gamut_clamp=True)
+PUBLISHED = Sampler(steps=38, guidance=4.0, shift=17.0, solver="unipc", orthogonal=True, gamut_clamp=True)
 SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 
@@ -72,22 +74,22 @@ def convert(
         log(f"note: {caution}")
     with files.new_folder(destination) as folder:
         digests = write_transformer(job.plan, folder / "transformer", base, recipe)
-        folders.write_asymflow(folder, flow, base, recipe)
+        sampler = PUBLISHED if job.adapter else of_conversion(base, float(flow.scale))
+        model = PixelFolder(recipe.base, base.family, base.color_space, flow, Codec(base.patch_size), sampler, {})
+        write_folder(folder, model, recipe)
         written = open_written(folder / "transformer", job)
         check_places(job.plan, written)
         proof = prove_written(job, written, folder, recipe, device)
         copy_companions(job.plan, folder)
         copy_licence(base, folder)
-        record = made_with | source_of(base.folder)
-        record |= {"asymflow_sha256": files.digest(folder / "asymflow.safetensors")}
+        record = made_with | source_of(base.folder) | {"transformer_sha256": digests}
+        record |= {"flow_sha256": flow_digest(read_flow(folder))}
         record |= {"exactness": proof.as_dict() if proof.depth != "none" else None}
         if job.adapter:
             record |= {"exactness": None, "trunk": proof.as_dict()}
         record |= {"changed": {output.name: output.action for output in job.plan.changed}}
-        folders.finish(folder, base, flow, recipe, digests, record)
+        finish(folder, base, model, recipe, record)
         (folder / "README.md").write_text(card(recipe.base, base, flow, record), encoding="utf-8")
-        if job.adapter:
-            folders.tune_pipeline(folder, PUBLISHED, shift=17.0, shift_side=1024)
     log(f"wrote {destination}")
     return destination
 
@@ -125,7 +127,7 @@ def write_transformer(plan: Plan, folder: Path, base: Base, recipe: Recipe) -> d
     with bar("convert", sum(shard.size for shard in plan.shards)) as progress:
         for shard in plan.shards:
             target = folder / shard.name
-            known = folders.digest_in_name(shard.twin.resolve()) if shard.twin else None
+            known = digest_in_name(shard.twin.resolve()) if shard.twin else None
             if plan.link and shard.twin and link_or_copy(shard.twin, target):
                 digests[shard.name] = known
                 progress.advance(shard.size, note="linked")

@@ -20,7 +20,7 @@ from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.compare import check_tensors, open_written
 from flux2pixel.convert.prepare import Extras, Job, prepare
-from flux2pixel.convert.proof import Proof, prove
+from flux2pixel.convert.proof import Proof, flow_digest, prove
 from flux2pixel.convert.run import read_flow
 from flux2pixel.families.base import Base, read_config
 from flux2pixel.recipe import Convert
@@ -140,8 +140,8 @@ def _check_flow(folder: Path, job: Job, flow: AsymFlow, record: dict[str, Any]) 
     Sampling cannot tell: a scale that fits no image is as exact as any other.
     """
     path = folder / "asymflow.safetensors"
-    if record.get("asymflow_sha256", digest := files.digest(path)) != digest:
-        raise Flux2PixelError(f"{path}: not the file that the conversion wrote; convert again")
+    if record.get("flow_sha256", digest := flow_digest(flow)) != digest:
+        raise Flux2PixelError(f"{path}: not the basis and scale that the conversion wrote; convert again")
     width = (job.base.token_width, job.base.latent_width)
     if tuple(flow.basis.shape) != width:
         raise Flux2PixelError(f"{folder}/asymflow.safetensors: basis {tuple(flow.basis.shape)}, the base needs {width}")
