@@ -12,12 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux2pixel.cli import app
-from flux2pixel.convert.extras import Extras
+from flux2pixel.convert.prepare import Extras
 from flux2pixel.recipe import Sample, load
 from flux2pixel.runtime.errors import Flux2PixelError
 
 COMMANDS = ["run", "fit-subspace", "convert", "finetune", "eval", "generate", "export", "inspect", "doctor", "bases"]
-COMMANDS += ["compare", "export-subspace", "cache"]
+COMMANDS += ["compare", "export-subspace", "cache", "verify"]
 
 
 def invoke(*words: str | Path) -> Any:
@@ -38,12 +38,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for module, name in [
         ("subspace.run", "fit_subspace"),
+        ("subspace.without_images", "fit_without_images"),
         ("convert.run", "convert"),
         ("finetune.run", "finetune"),
         ("evaluate.run", "evaluate"),
     ]:
         fake = types.ModuleType(f"flux2pixel.{module}")
-        setattr(fake, name, lambda *given, name=name: calls.append((name, given)))
+        setattr(fake, name, lambda *given, name=name, **named: calls.append((name, given)))
         monkeypatch.setitem(sys.modules, f"flux2pixel.{module}", fake)
 
     class Pencil:
@@ -358,7 +359,8 @@ def test_default_run_directory_is_named_after_the_base(
     monkeypatch.chdir(tmp_path)
     invoke("convert")
     invoke("convert", "--base", tmp_path / "my base")
-    assert [given[1] for _, given in stages] == [Path("runs/klein-tiny"), Path("runs/my base")]
+    runs = [given[1] for name, given in stages if name == "convert"]
+    assert runs == [Path("runs/klein-tiny"), Path("runs/my base")]
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path: Path, stages: list[Any]) -> None:
@@ -429,7 +431,7 @@ def test_unwritable_run_directory(tmp_path: Path, stages: list[Any], below: str)
 def test_failures_are_one_line_unless_debug(
     tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str
 ) -> None:
-    def fail(*given: Any) -> None:
+    def fail(*given: Any, **named: Any) -> None:
         raise raised
 
     monkeypatch.setattr(sys.modules["flux2pixel.convert.run"], "convert", fail)

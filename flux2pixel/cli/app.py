@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from flux2pixel import __version__
+from flux2pixel.cli.bases import bases_command
 from flux2pixel.cli.cache import cache_command
 from flux2pixel.cli.convert import convert_command
-from flux2pixel.cli.doctor import bases_command, doctor_command
+from flux2pixel.cli.doctor import doctor_command
 from flux2pixel.cli.evaluate import eval_command
 from flux2pixel.cli.export import export_command
 from flux2pixel.cli.finetune import finetune_command
@@ -20,6 +21,7 @@ from flux2pixel.cli.generate import generate_command
 from flux2pixel.cli.inspect import inspect_command
 from flux2pixel.cli.run import run_all
 from flux2pixel.cli.shared import command
+from flux2pixel.cli.verify import verify_command
 from flux2pixel.runtime.launch import exit_process, launched
 
 STAGES, PICTURES, FILES, ABOUT = "Stages", "Pictures", "Files", "About"
@@ -28,6 +30,7 @@ COMMANDS = (
     (STAGES, "run", run_all, "run --base flux2-klein-4b --images photos/"),
     (STAGES, "fit-subspace", fit_subspace_command, "fit-subspace --base flux2-klein-4b --images photos/"),
     (STAGES, "convert", convert_command, "convert --base flux2-klein-4b"),
+    (STAGES, "verify", verify_command, "verify runs/flux2-klein-4b/converted"),
     (STAGES, "cache", cache_command, "cache --base flux2-klein-4b --images photos/ --gpus 8"),
     (STAGES, "finetune", finetune_command, "finetune --base flux2-klein-4b --images photos/ --gpus 8"),
     (STAGES, "eval", eval_command, "eval --base flux2-klein-4b --suite geneval"),

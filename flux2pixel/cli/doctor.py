@@ -38,13 +38,6 @@ def doctor_command(
         raise Flux2PixelError(f"the recipe cannot run here: {'; '.join(problems)}")
 
 
-def bases_command() -> None:
-    """List the bases that can be converted: alias, Hub id, licence, size, token widths, status."""
-    from flux2pixel.families.known import table
-
-    typer.echo(table())
-
-
 def doctor(recipe: Recipe, run: Path, gpus: int = 1, *, offline: bool = False) -> tuple[str, list[str]]:
     """Return a printable account of this machine, and the reasons, if any, why ``recipe`` cannot run on it.
 

@@ -40,15 +40,12 @@ def finetune_command(
 
 def train(job: Job, model: Path | None = None, out: Path | None = None, gpus: int = 1) -> None:
     """Train, in ``gpus`` processes."""
-    from flux2pixel.finetune.network import parallel
-
     if gpus != 1 and not launch.launched():
         from flux2pixel.finetune.run import prepare
 
         launch.check_gpus(gpus)
         prepare(job.recipe, job.run, model, gpus)
         raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
-    parallel.check_launch(gpus)
     from flux2pixel.finetune.run import finetune
 
     words = ["eval", *(["--model", str(out)] if out else [])]

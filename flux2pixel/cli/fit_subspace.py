@@ -59,7 +59,7 @@ def compare_command(
     second: Annotated[Path, typer.Argument(help="Another.")],
 ) -> None:
     """The angles between two bases and the ratio of their scales."""
-    from flux2pixel.weights.subspace import compare
+    from flux2pixel.subspace.compare import compare
 
     typer.echo(compare(first, second))
 

@@ -108,7 +108,7 @@ def _draw(
     if asked.height or asked.width:
         size = (asked.height or asked.width or 0, asked.width or asked.height or 0)
     # Only what was asked for is passed on: a base may know no negative prompt.
-    more = {"negative": negative} if negative else {}
+    more: dict[str, Any] = {"negative": negative} if negative else {}
     with bar("generate", len(texts) * count) as progress:
         images = opened.generate(
             texts, seed=job.recipe.seed, count=count, size=size, batch=batch, on_image=progress.advance, **more

@@ -23,8 +23,8 @@ from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
 from flux2pixel.data.sources import own_source
 from flux2pixel.models.base import Base
+from flux2pixel.models.digest import vae_digest
 from flux2pixel.recipe import Recipe
-from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.launch import threads
 from flux2pixel.runtime.processes import Team
@@ -155,14 +155,6 @@ def fingerprint(base: Base, recipe: Recipe) -> str:
     settings = recipe.fit_subspace
     parts = [settings.source, settings.images, settings.resolution, base.patch_size, base.color_space, vae_digest(base)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def vae_digest(base: Base) -> str:
-    """SHA-256 over the VAE's weight files."""
-    weights = sorted((base.folder / "vae").glob("*.safetensors"))
-    if len(weights) == 1:
-        return files.digest(weights[0])
-    return hashlib.sha256("".join(files.digest(file) for file in weights).encode()).hexdigest()
 
 
 class Saved:
