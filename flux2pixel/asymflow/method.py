@@ -68,14 +68,14 @@ class AsymFlow:
         with torch.autocast(v.device.type, enabled=False):
             basis, scale = self._constants(x_t)
             v, x_t = v.to(basis.dtype), x_t.to(basis.dtype)
-            k, tau = (_per_token(c, x_t) for c in self.calibrate(sigma.to(basis.dtype)))
+            k, tau = (per_token(c, x_t) for c in self.calibrate(sigma.to(basis.dtype)))
             seen = torch.addcmul(v, tau, v, value=-1).addcmul_(k, x_t)
             return torch.matmul(seen @ basis, basis.mT).sub_(v).mul_(scale)
 
     def velocity(self, v: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Recover the full velocity: u_hat = (x_t - x0_hat) / max(sigma, sigma_min)."""
         x0 = self.predict_x0(v, x_t, sigma)
-        return (x_t.to(x0.dtype) - x0) / _per_token(sigma.to(x0.dtype), x0).clamp(min=self.sigma_min)
+        return (x_t.to(x0.dtype) - x0) / per_token(sigma.to(x0.dtype), x0).clamp(min=self.sigma_min)
 
     def lift(self, z: Tensor) -> Tensor:
         """Latent tokens (..., r) to the low-rank pixel tokens s A z, (..., D)."""
@@ -88,6 +88,6 @@ class AsymFlow:
         return (x.to(basis.dtype) @ basis) / scale
 
 
-def _per_token(value: Tensor, tokens: Tensor) -> Tensor:
+def per_token(value: Tensor, tokens: Tensor) -> Tensor:
     """View a (B,) value so that it broadcasts over (B, N, D) tokens."""
     return value.reshape(value.shape + (1,) * (tokens.ndim - value.ndim)) if value.ndim == 1 else value
