@@ -86,6 +86,8 @@ class Data:
     cache: str = _option("cache", "folder of the cache; a relative one is inside the run directory")
     dtype: str = _option("fp16", "bf16 | fp16 | fp32, of cached latents and text", choices=("bf16", "fp16", "fp32"))
     batch: int = _option(50, "images encoded at a time", low=1)
+    text_tokens: int = _option(8192, "tokens of text encoded at a time, at least one caption's", low=1)
+    exclude: tuple[str, ...] = _option((), "images to leave out: names, as messages give them, or content digests")
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,16 @@ class Finetune:
     modulation_factor: float = _option(1.0, "learning rate of the final modulation, as a multiple of lr", above=0)
     schedule: str = _option("sqrt", "after warm-up: sqrt (falls to 0) | constant", choices=("sqrt", "constant"))
     warmup: int = _option(20, "steps of linear warm-up", low=0)
-    optimizer: str = _option("adamw", "adamw | adamw-8bit (needs bitsandbytes)", choices=("adamw", "adamw-8bit"))
+    optimizer: str = _option("adamw", "adamw | adamw-8bit (torchao's)", choices=("adamw", "adamw-8bit"))
     loss: str = _option(
         "variance-reduction", "variance-reduction | flow-matching", choices=("variance-reduction", "flow-matching")
     )
     kappa: float = _option(0.3, "strength of the variance reduction", low=0)
     perceptual: float = _option(0.0, "weight of the LPIPS term; 0 = none", low=0)
     sigma_min: float = _option(0.05, "noise level below which the velocity is not divided further", above=0, high=1)
-    shift: float = _option(1.0, "shift of the training noise levels; 1 = none, more = noisier", above=0)
+    shift: float = _option(
+        32.0, "shift of the noise levels at 1024 x 1024; by sqrt(H W) / 1024 at other sizes", above=0
+    )
     caption_dropout: float = _option(0.1, "share of captions left empty, for guidance", low=0, high=1)
     clip: float = _option(1.0, "largest gradient norm", above=0)
     clip_start: int = _option(0, "step from which gradients are clipped", low=0)
@@ -146,6 +150,9 @@ class Finetune:
     save_every: int = _option(200, "steps between checkpoints", low=1)
     keep: int = _option(2, "newest checkpoints kept", low=1)
     keep_final: bool = _option(False, "keep the last checkpoint after finishing, to go on with more steps later")
+    skip_limit: int = _option(3, "steps in a row left out when a loss is not finite; one more ends the run", low=0)
+    accept_new_data: bool = _option(False, "go on from a checkpoint with other images than it was trained on")
+    profile: int = _option(0, "steps written to <run>/profile as a trace of torch.profiler; 0 = none", low=0)
 
 
 @dataclass(frozen=True)
@@ -310,7 +317,8 @@ def _check(item: Field[Any], value: Any, where: str) -> Any:
     default: Any = item.default
     rule = item.metadata
     if isinstance(default, tuple):
-        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(entry, str) for entry in value):
+        listed = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
+        if not listed or (default and not value):
             raise UsageError(f"{where} = {_toml(value)} must be a list of strings, such as {_toml(default)}")
         for entry in value:
             _check_choice(entry, rule["choices"], where)

@@ -97,8 +97,8 @@ def test_what_is_left_out_is_on_record(made):
     assert [name for name, _ in manifest["images"]["broken"]] == ["broken.png", "silent.png"]
     assert [name for name, _ in manifest["images"]["dropped"]] == ["tiny.png"]
     assert manifest["items"] == 30 and manifest["repeated"] == 1 and sum(manifest["buckets"].values()) == 30
-    # Each caption is stored once: two shared ones, ten of their own, the empty one.
-    assert len(Shards(made.folder / "text").rows) == 13
+    # Each caption is stored once: two shared ones, ten of their own, the empty one, and the three sample prompts.
+    assert len(Shards(made.folder / "text").rows) == 13 + 3
 
 
 def test_two_processes_make_the_same_cache(made, photos, base, tmp_path):
@@ -137,7 +137,7 @@ def test_more_broken_pictures_than_allowed_in_all_processes_together(photos, bas
 
 KILLED = """
 import sys
-from flux2pixel.finetune import encode
+from flux2pixel.data import encode
 encode.SHARD_ROWS = 8
 from flux2pixel.cli import main
 main()
@@ -268,7 +268,6 @@ def test_embeddings_too_large_for_the_dtype_are_refused(photos, base, tmp_path, 
 
 def test_texts_of_unequal_length_are_stored_and_padded(photos, base, tmp_path, monkeypatch):
     """Families with a mask pad each call to its own longest prompt."""
-    monkeypatch.setattr(encode, "TEXT_BATCH", 3)
 
     def text(prompts):
         length = max(map(len, prompts)) + 1
@@ -276,7 +275,7 @@ def test_texts_of_unequal_length_are_stored_and_padded(photos, base, tmp_path, m
         return {"text": mask[..., None] * torch.ones(5), "mask": mask}
 
     monkeypatch.setattr(base, "text", text)
-    cache = encode.make(recipe_of(photos), tmp_path, base)
+    cache = encode.make(recipe_of(photos, "data.text_tokens=36"), tmp_path, base)  # three prompts of 12 tokens
     for bucket, count in enumerate(cache.counts):
         batch = cache.load(bucket, range(count))
         lengths = [len((photos / name).with_suffix(".txt").read_text()) + 1 for name in batch.names]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from flux2pixel.finetune.network.trainable import lora_modules, merged, prepare,
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, draw
 from flux2pixel.finetune.step.perceptual import load_lpips, perceptual
-from flux2pixel.finetune.validation import hold_out
+from flux2pixel.finetune.watch.validation import hold_out
 from flux2pixel.recipe import dumps, load
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -176,6 +177,12 @@ def test_patterns_that_match_nothing_are_refused(base, targets, said):
         lora_modules(base.transformer, base, targets)
 
 
+def square(height, width=None):
+    """A batch of one patch size that is 256 pixels, so that a picture of real size has few tokens."""
+    grid = (height // 256, (width or height) // 256)
+    return replace(batch_of(grid=grid, patch=256), number=7)
+
+
 def test_draws_depend_on_the_place_in_the_data_alone():
     batch = batch_of()
     sigma, eps = draw(batch, seed=3, shift=1.0)
@@ -185,6 +192,10 @@ def test_draws_depend_on_the_place_in_the_data_alone():
     assert not torch.equal(sigma, draw(batch, seed=4, shift=1.0)[0])
     high = draw(batch, seed=3, shift=17.0)[0]
     assert torch.allclose(high, 17 * sigma / (1 + 16 * sigma))
+    # The shift is that of 1024 x 1024 pixels: half of it at half the side, and for a bucket of as many pixels the same.
+    plain = draw(square(1024), seed=3, shift=1.0)[0]
+    for sides, factor in (((512, 512), 8.5), ((2048, 2048), 34.0), ((2048, 512), 17.0)):
+        assert torch.allclose(draw(square(*sides), seed=3, shift=17.0)[0], factor * plain / (1 + (factor - 1) * plain))
 
 
 def test_perceptual_term_by_hand(flow):
@@ -293,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(pre
 
     monkeypatch.setattr(stage.Loader, "load", spoiled)
     with pytest.raises(Flux2PixelError, match=r"not finite at step 2 .* images: scene") as caught:
-        stage.finetune(small(), folder)
+        stage.finetune(small("finetune.skip_limit=0"), folder)
     assert str(caught.value).count("scene") == 4, "the micro-batch's files, not the other one's"
     assert checkpoint.newest(folder / "checkpoints").name == "step-00000002"
     assert not (folder / "finetuned").exists()

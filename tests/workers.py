@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,6 +93,7 @@ def two_ranks(run: Path) -> None:
         trained = {n: parallel.whole(p.detach()) for n, p in trainer.network.named_parameters() if p.requires_grad}
         if team.leads:
             torch.save(trained, run / "trained.pt")
+        trainer.settings = replace(trainer.settings, skip_limit=0)
         batches = loader.load(3)
         if team.rank == 1:
             batches[0].latents[0] = float("nan")

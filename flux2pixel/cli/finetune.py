@@ -1,5 +1,6 @@
 """``finetune``."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,8 @@ from flux2pixel.cli.options import (
     TrainSteps,
 )
 from flux2pixel.runtime import launch
+
+PREPARED = "FLUX2PIXEL_PREPARED"  # tells the processes that --gpus starts that their parent has prepared the run
 
 
 def finetune_command(
@@ -61,9 +64,13 @@ def finetune_command(
 
             launch.check_gpus(gpus)
             prepare(job.recipe, job.run, model, gpus)
-            raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
+            os.environ[PREPARED] = "1"
+            try:
+                raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
+            finally:
+                del os.environ[PREPARED]
         parallel.check_launch(gpus)
-        work = partial(finetune, job.recipe, job.run, model, out)
+        work = partial(finetune, job.recipe, job.run, model, out, prepared=os.environ.get(PREPARED) == "1")
         if rank == 0:
             timed(job.run, "finetune", work)
         else:

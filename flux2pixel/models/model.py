@@ -7,7 +7,7 @@ what differs between two columns of a report is the model alone.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,6 +112,10 @@ class PixelModel:
     settings: Sample
     matched: bool = False
 
+    def with_network(self, network: Any) -> PixelModel:
+        """The same model drawing with another network, such as one in training; on the device of ``flow``."""
+        return replace(self, transformer=network)
+
     @property
     def folder(self) -> Path:
         return self.base.folder
@@ -122,7 +126,7 @@ class PixelModel:
     @torch.no_grad()
     def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
         grid = (size[0] // self.patch, size[1] // self.patch)
-        text, empty, noise = _placed(self.base.device, text, empty, noise)
+        text, empty, noise = _placed(self.flow.basis.device, text, empty, noise)
         orthogonal = self.settings.orthogonal and not self.matched
         scale = self.settings.guidance
 

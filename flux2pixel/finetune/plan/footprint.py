@@ -20,14 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch, Size
+from flux2pixel.data.encode import MAX_TEXT
 from flux2pixel.families.base import Base, Conditioning, stock_config
 from flux2pixel.finetune.network import trainable
 from flux2pixel.finetune.network.quantise import quantise
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
-
-MAX_TEXT = 512  # tokens; no family's pipeline takes more by default
 
 
 class Meter(TorchDispatchMode):

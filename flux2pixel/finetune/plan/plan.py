@@ -16,8 +16,8 @@ from typing import Any
 from flux2pixel import families as bases
 from flux2pixel.data import Buckets, open_source
 from flux2pixel.data.cache import MANIFEST, Size, read_manifest
-from flux2pixel.data.encode import FIRST_SCENE, cache_folder
-from flux2pixel.families.base import Base, read_config
+from flux2pixel.data.encode import FIRST_SCENE, cache_folder, text_length
+from flux2pixel.families.base import Base
 from flux2pixel.families.known import KNOWN
 from flux2pixel.finetune.network import parallel
 from flux2pixel.finetune.plan import footprint
@@ -145,7 +145,7 @@ def plan(recipe: Recipe, run: Path, gpus: int = 1, images_per_second: float | No
     base, config, notes = architecture(recipe.base)
     built = footprint.build(base, config, settings)
     parameters = count_parameters(built)
-    text_tokens = _text_tokens(base)
+    text_tokens = text_length(base)
     accumulates = settings.batch > unit * world
     kept, gathered = _standing(built, world, accumulates)
     sizes = _sizes(recipe, run, base.patch_size)
@@ -238,14 +238,6 @@ def _added(
     )
     shares = {size: size[0] * size[1] / (largest[0] * largest[1]) for size in sizes}
     return {size: (round(plain * part), round(less * part)) for size, part in shares.items()}
-
-
-def _text_tokens(base: Base) -> int:
-    """Tokens of a prompt: the most that the family takes, or fewer if the tokenizer says so."""
-    path = base.folder / "tokenizer" / "tokenizer_config.json"
-    if not path.is_file():
-        return footprint.MAX_TEXT
-    return min(footprint.MAX_TEXT, int(read_config(path).get("model_max_length", footprint.MAX_TEXT)))
 
 
 def _disk(
