@@ -121,7 +121,7 @@ class Finetune:
     perceptual: float = _option(0.0, "weight of the LPIPS term; 0 = none", low=0)
     sigma_min: float = _option(0.05, "noise level below which the velocity is not divided further", above=0, high=1)
     shift: float = _option(
-        32.0, "shift of the noise levels at 1024 x 1024; by sqrt(H W) / 1024 at other sizes", above=0
+        32.0, "shift of the noise levels at 1024 x 1024, times sqrt(H W) / 1024 at others", above=0
     )
     caption_dropout: float = _option(0.1, "share of captions left empty, for guidance", low=0, high=1)
     clip: float = _option(1.0, "largest gradient norm", above=0)

@@ -133,7 +133,7 @@ def ensure(recipe: Recipe, run: Path, base: Base, gpus: int = 1) -> Cache:
     if the folder holds a cache of another key.
     """
     folder, key = cache_folder(recipe, run), key_of(recipe, base)
-    made = read_manifest(folder) if (folder / MANIFEST).is_file() else {"request": None}
+    made: dict[str, Any] = read_manifest(folder) if (folder / MANIFEST).is_file() else {"request": None}
     back = set(made.get("excluded", ())) - set(recipe.data.exclude)  # left out when it was made, wanted now
     if made["request"] != _request(recipe) or back:
         return make(recipe, run, base, gpus, key)

@@ -1,7 +1,7 @@
 """The finetune stage: a converted model and images -> a finetuned model.
 
 ``prepare`` (prepare.py) runs in one process and finds every mistake; ``finetune`` then trains, in as many processes as
-there are. ``build`` (build.py) puts the training together, step/ steps it, watch/ shows it, network/ saves and writes it.
+there are: ``build`` (build.py) puts the training together, step/ makes a step, watch/ shows it, network/ saves it.
 """
 
 from __future__ import annotations

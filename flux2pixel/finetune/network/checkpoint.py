@@ -93,7 +93,12 @@ def save(state: State, folder: Path, recipe: Recipe, team: Team, record: dict[st
     team.barrier()
     if team.leads:
         written = {item.name: item.stat().st_size for item in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "step": state.step, "ema_updates": state.ema.updates, "processes": team.world}
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "step": state.step,
+            "ema_updates": state.ema.updates,
+            "processes": team.world,
+        }
         manifest |= {"skipped": state.skipped, "groups": {g.name: list(g.parameters) for g in state.groups}}
         manifest |= {"recipe": as_dict(recipe), "files": written} | record
         files.write_json(temporary / MANIFEST, manifest)

@@ -1,4 +1,4 @@
-"""How fast a training is against what its device could do: floating-point operations of a step, and peaks of devices."""
+"""How fast a training is against what its device could do: operations of a step, and the peaks of devices."""
 
 from __future__ import annotations
 
