@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -308,6 +309,47 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(pre
     assert str(caught.value).count("scene") == 4, "the micro-batch's files, not the other one's"
     assert checkpoint.newest(folder / "checkpoints").name == "step-00000002"
     assert not (folder / "finetuned").exists()
+
+
+STAND_IN = """
+import json
+from pathlib import Path
+LOG = Path(__file__).with_suffix(".jsonl")
+def note(**what):
+    with LOG.open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def Image(path):
+    return str(path)
+class Session:
+    def log(self, values, step):
+        note(step=step, **values)
+def init(**options):
+    note(**{name: options[name] for name in ("id", "name", "resume") if name in options})
+    return Session()
+"""
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_resumed_training_goes_on_in_its_trackers_run_and_shows_samples(prepared_run, tmp_path, monkeypatch, tracker):
+    (tmp_path / f"{tracker}.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, tracker, raising=False)
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    recipe = small("finetune.keep_final=true", f'finetune.trackers=["{tracker}"]')
+    stage.finetune(recipe, folder)
+    stage.finetune(small("finetune.steps=5", f'finetune.trackers=["{tracker}"]'), folder)
+    lines = [json.loads(line) for line in (tmp_path / f"{tracker}.jsonl").read_text().splitlines()]
+    first, second = (line for line in lines if "resume" in line)
+    assert first == second and first["resume"] == "allow" and first.get("id", first["name"]).startswith("run-")
+    shown = [line["step"] for line in lines if "samples" in line]
+    assert shown == [0, 4, 5] and {"loss", "lr", "grad_norm", "images_per_second"} <= lines[4].keys() | lines[3].keys()
+
+
+def test_steps_are_profiled_if_asked(prepared_run, tmp_path):
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    stage.finetune(small("finetune.profile=1"), folder)
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    assert any("aten::mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_validation_images_are_never_trained_on(prepared_run):

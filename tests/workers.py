@@ -1,5 +1,6 @@
 """Processes that the tests of training start: ``python tests/workers.py NAME ARGUMENTS`` (under torchrun for some)."""
 
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.launch import exit_process
 
@@ -111,7 +113,76 @@ def two_ranks(run: Path) -> None:
         print(f"rank {team.rank} of {team.world} done")
 
 
+# Every cell is a recipe; four processes are two copies of two shards, two are one copy.
+BF16, ACCUMULATE, RECOMPUTE = "finetune.precision=bf16", "finetune.micro_batch=1", "finetune.checkpointing=true"
+EIGHT = "finetune.optimizer=adamw-8bit"
+ADAPTED = (*LORA, "finetune.lora_dropout=0.1")
+CELLS = {
+    2: {
+        "full, float32": (),
+        "full, bf16, recomputed": (BF16, RECOMPUTE),
+        "full, float32, accumulated, 8 bits": (ACCUMULATE, EIGHT),
+        "LoRA, float32, recomputed": (*ADAPTED, RECOMPUTE),
+        "LoRA, bf16, accumulated": (*ADAPTED, BF16, ACCUMULATE),
+        "LoRA, bf16, recomputed, accumulated, 8 bits": (*ADAPTED, BF16, RECOMPUTE, ACCUMULATE, EIGHT),
+    },
+    4: {
+        "full, bf16, accumulated": (BF16, ACCUMULATE),
+        "LoRA, float32, accumulated": (*ADAPTED, ACCUMULATE),
+        "LoRA, bf16, recomputed, 8 bits": (*ADAPTED, BF16, RECOMPUTE, EIGHT),
+    },
+}
+BEFORE, AFTER = 2, 1  # steps before and after the checkpoint
+
+
+def matrix(run: Path) -> None:
+    """Each cell sharded and in one process, from the same weights; then from its checkpoint on. Rank 0 writes a line a
+    cell: the losses of both, how far the weights are apart, and whether the resumed training is the same to the bit."""
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step, which takes longer than all of this
+    world = int(os.environ["WORLD_SIZE"])
+    with parallel.team(small(f"finetune.replicas={world // 2}").finetune, lambda: None) as team:
+        for name, options in CELLS[world].items():
+            fewer = [f"finetune.replicas={world // 2}", "finetune.micro_batch=2", *options]
+            _cell(run, name, small(*fewer), team)
+
+
+def _cell(run: Path, name: str, recipe: Recipe, team: parallel.Team) -> None:
+    alone = parallel.Team(0, 1, team.device)
+    sharded, losses = _stepped(run, recipe, team, None)
+    assert all(isinstance(p, DTensor) for p in sharded.network.parameters())
+    mine = {n: parallel.whole(p.detach()) for n, p in sharded.network.named_parameters() if p.requires_grad}
+    resumed, again = _stepped(run, recipe, team, run / name)
+    theirs = {n: parallel.whole(p.detach()) for n, p in resumed.network.named_parameters() if p.requires_grad}
+    same = again == losses[BEFORE:] and all(torch.equal(theirs[n], mine[n]) for n in mine)
+    if team.leads:
+        whole, expected = _stepped(run, recipe, alone, None)
+        parts = {n: p.detach() for n, p in whole.network.named_parameters() if p.requires_grad}
+        distance, size = (
+            sum(float(t.square().sum()) for t in ts) for ts in ([mine[n] - parts[n] for n in mine], parts.values())
+        )
+        found = {"cell": name, "losses": losses, "expected": expected, "weights": (distance / size) ** 0.5}
+        with (run / "matrix.jsonl").open("a") as file:
+            file.write(json.dumps(found | {"resumed": same}) + "\n")
+    team.barrier()
+
+
+def _stepped(run: Path, recipe: Recipe, team: parallel.Team, saved: Path | None) -> tuple[Trainer, list[float]]:
+    """A trainer after its steps, and their losses; all steps, with a checkpoint between, or only those after it."""
+    source, cache = stage.open_source(run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
+    trainer = stage.build(recipe, source, team)
+    folder, losses = run / f"checkpoints-{recipe.finetune.trainable}", []
+    if saved is not None:
+        checkpoint.load(trainer.state, checkpoint.newest(folder), team)
+    order, steps = Order(cache.counts, 2 if recipe.finetune.micro_batch == 2 else 1, recipe.seed), BEFORE + AFTER
+    loader = Loader(cache, order, 8, range(trainer.state.step, steps), rank=team.rank, world=team.world)
+    for batches in loader:
+        losses.append(trainer.advance(batches).loss)
+        if trainer.state.step == BEFORE and team.mesh is not None:
+            checkpoint.save(trainer.state, folder, recipe, team, {"model": "", "data": ""})
+    return trainer, losses
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"kills": kills, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+    {"kills": kills, "two_ranks": two_ranks, "matrix": matrix}[sys.argv[1]](Path(sys.argv[2]))
     exit_process(0)
