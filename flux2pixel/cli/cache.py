@@ -20,6 +20,7 @@ def cache_command(
     ] = None,
     images: Annotated[int | None, typer.Option(help="How many of them; 0 = all.")] = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Processes, each on a GPU of its own, or on the CPU.")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the memory that it takes, then stop.")] = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
@@ -27,6 +28,12 @@ def cache_command(
     with one_line_errors(debug):
         check_gpus(gpus)
         job = resolve(recipe, run, assignments, base=base, data__source=source, finetune__images=images)
+        if plan:
+            from flux2pixel.data.encode import open_encoders
+            from flux2pixel.data.plan import lines, plan_cache
+
+            typer.echo("\n".join(lines(job.recipe, plan_cache(job.recipe, open_encoders(job.recipe)), gpus)))
+            return
         folder = job.run / job.recipe.data.cache
         takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]
         if job.start(takes, [folder], dry_run):
