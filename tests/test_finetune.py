@@ -23,6 +23,7 @@ from flux2pixel.finetune.network.trainable import lora_modules, merged, prepare,
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, draw
 from flux2pixel.finetune.step.perceptual import load_lpips, perceptual
+from flux2pixel.finetune.watch import speed
 from flux2pixel.finetune.watch.validation import hold_out
 from flux2pixel.recipe import dumps, load
 from flux2pixel.runtime import files
@@ -345,10 +346,22 @@ def test_a_resumed_training_goes_on_in_its_trackers_run_and_shows_samples(prepar
     assert shown == [0, 4, 5] and {"loss", "lr", "grad_norm", "images_per_second"} <= lines[4].keys() | lines[3].keys()
 
 
-def test_steps_are_profiled_if_asked(prepared_run, tmp_path):
+def test_operations_of_a_step_by_hand(monkeypatch):
+    """A Linear layer of 6 weights, 6 image and 4 text tokens, 3 images; LoRA: forward, backward, the reference."""
+    network, settings = torch.nn.Linear(3, 2), load(None, LORA).finetune
+    assert speed.operations(network, settings, batch_of()) == 2 * 6 * (6 + 4) * 3 * 3
+    assert speed.forwards(load(None).finetune) == 4 and speed.peak(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA H100 80GB HBM3")
+    assert speed.peak(torch.device("cuda")) == 9.89e14
+
+
+def test_steps_are_profiled_if_asked_and_rated_where_the_peak_is_known(prepared_run, tmp_path, monkeypatch):
     folder = shutil.copytree(prepared_run, tmp_path / "run")
+    monkeypatch.setattr(speed, "peak", lambda place: 1e12)
     stage.finetune(small("finetune.profile=1"), folder)
     trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    lines = [json.loads(line) for line in (folder / "finetune.jsonl").read_text().splitlines()]
+    assert all(0 < line["mfu"] < 1 for line in lines if "loss" in line)
     assert any("aten::mm" in event.get("name", "") for event in trace["traceEvents"])
 
 

@@ -126,6 +126,7 @@ def _finish(
             "images_seen": step * recipe.finetune.batch,
         }
         record |= {"images": len(cache), "processes": team.world} | identity(source, cache)
+        record |= {"skipped": dict(watch.log.rows("skipped"))}
         with files.new_folder(destination) as folder:
             export.write_model(folder, source.folder, source.base, trained, recipe)
             export.write_card(folder, recipe, watch.log, record, run / "samples")

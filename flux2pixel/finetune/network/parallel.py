@@ -122,8 +122,11 @@ def team(settings: Finetune, prepare: Callable[[], object]) -> Iterator[Team]:
         dist.init_process_group("gloo", timeout=TIMEOUT, **group)
     try:
         yield Team(rank, world, device, mesh(device.type, world, settings.replicas))
-    finally:
+    except SystemExit:  # all processes leave together
         dist.destroy_process_group()
+        raise
+    # After a failure the others may wait in a collective, and to take the group down would wait for them.
+    dist.destroy_process_group()
 
 
 def _lead(store: dist.Store, rank: int, prepare: Callable[[], object]) -> None:
