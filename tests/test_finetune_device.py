@@ -62,12 +62,15 @@ def real(function):
 def test_the_whole_stage_runs_where_the_process_computes(prepared_run, tmp_path, monkeypatch, options):
     folder = shutil.copytree(prepared_run, tmp_path / "run")
     recipe = small("finetune.steps=2", "finetune.save_every=9", "finetune.validate_every=1", *options)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # made with no GPU about: it then asks no driver
     with monkeypatch.context() as patched:
-        prepare.prepare(recipe, folder)  # with no GPU about: it would encode on it
+        prepare.prepare(recipe, folder)  # likewise: it would encode on the GPU
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 1)
         patched.setattr(torch.cuda, "get_device_name", lambda place: "some GPU")
         patched.setattr(torch.cuda, "max_memory_allocated", lambda place: 0)
+        patched.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patched.setattr(Batch, "pin", lambda batch: batch)
         patched.setattr(objective, "Generator", Generator)
         patched.setattr(Base, "load", real(Base.load))
@@ -93,7 +96,7 @@ def test_the_whole_stage_runs_where_the_process_computes(prepared_run, tmp_path,
         swap = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
-            with Numbers(), FakeTensorMode(allow_non_fake_inputs=True):
+            with Numbers(), mode:
                 stage.finetune(recipe, folder, prepared=True)
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(swap)

@@ -57,14 +57,17 @@ class Meter(TorchDispatchMode):
 def faked(network: Any, mode: FakeTensorMode, low: torch.dtype | None = None) -> Any:
     """Replace every meta tensor of ``network`` by a fake one that claims to be on the CPU, of dtype ``low`` if given.
 
-    In place; returns the network.
+    In place, parameters that are tied stay so; returns the network.
     """
+    made: dict[int, nn.Parameter] = {}
     with mode:
         for module in network.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=low or parameter.dtype)
-                    module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+                    if id(parameter) not in made:
+                        empty = torch.empty(parameter.shape, dtype=low or parameter.dtype)
+                        made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
