@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from flux2pixel.evaluate.report.build import Gallery, write_report
-from flux2pixel.evaluate.report.page import data_uri
 from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.page import data_uri
 
 MODELS = ("base", "converted", "finetuned")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -166,7 +167,7 @@ def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
     report |= {"base": evil, "settings": {evil: evil}, "claims": [{"claim": evil, "holds": True, "figures": evil}]}
     page = page_of(report, gallery, tmp_path)
     assert page.count("<script>") == 1
-    assert "<script>alert" not in page and "&lt;script&gt;alert(&quot;1&quot;)" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(&#34;1&#34;)" in page
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Flux2PixelError, match="No space"):
         write_report({}, None, tmp_path / "report.html")
     assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text("utf-8") == before

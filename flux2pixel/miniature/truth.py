@@ -41,7 +41,7 @@ class Renders:
         return Renders(self._posed, self.count, FIRST_CEILING)
 
     def detector_ceiling(self, judge: Callable[..., Any]) -> float:
-        """GenEval of four true renders a prompt, by its ``judge``: the mean over tags that the detector itself allows."""
+        """GenEval of four true renders a prompt, by its ``judge``: the mean over tags that the detector allows."""
         shares: dict[str, list[float]] = {}
         for place, metadata in enumerate(self._posed):
             for sample in range(SAMPLES):
