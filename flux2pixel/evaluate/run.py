@@ -22,7 +22,7 @@ from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.fidelity.compare import compare_with_images, compare_with_renders
 from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.processes import Processes, current
-from flux2pixel.evaluate.report.build import Gallery, write_report
+from flux2pixel.evaluate.report.build import Gallery, for_readers, write_report
 from flux2pixel.evaluate.report.claims import claims
 from flux2pixel.evaluate.report.comparable import comparable
 from flux2pixel.evaluate.report.pictures import basis_vectors
@@ -82,6 +82,7 @@ def evaluate(
         outcomes = [task.collect() for task in tasks]
         report = _report(recipe, run, outcomes, memo, digests, place)
         report["seconds"] = _seconds(run, time.perf_counter() - started)
+        report = for_readers(report, run)
         gallery = Gallery(_shots(outcomes), home / "sheets", digests)
         files.write_json(page.with_suffix(".json"), report)
         write_report(report, gallery, page)

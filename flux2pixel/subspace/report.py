@@ -149,14 +149,14 @@ def _charts(figures: Mapping[str, Any]) -> list[Any]:
     def against(key: str) -> list[tuple[float, float]]:
         return [(row["images"], row[key]) for row in rows if row.get(key) is not None]
 
+    angles = [Line(n, against(k), dots=True) for n, k in (("largest", "angle_deg"), ("mean", "mean_angle_deg"))]
     direction, images, captured = "direction, strongest first", "images", (rank, figures["captured_energy"])
     found = [
         line_chart([Line("eigenvectors of E[x xᵀ]", energies[0]), Line("this basis", energies[1])],
                    "Energy per token (log scales)", direction, x_log=True, y_log=True),
         line_chart([Line("best possible at each rank", shares), Line("this basis", [captured], dots=True)],
                    "Captured share of the energy", "rank", x_log=True),
-        line_chart([Line("largest", against("angle_deg"), dots=True), Line("mean", against("mean_angle_deg"), dots=True)],
-                   "Angle to the basis of all images, degrees", images, x_log=len(rows) > 1),
+        line_chart(angles, "Angle to the basis of all images, degrees", images, x_log=len(rows) > 1),
         line_chart([Line("basis of a random part", against("residual"), dots=True)],
                    "Alignment residual on all images", images, x_log=len(rows) > 1),
     ]  # fmt: skip

@@ -29,7 +29,7 @@
   });
 
   // The enlarged picture: the thumbnail at once, the original as soon as it is read, if it is still beside the page.
-  const viewer = element("viewer"), image = element("viewer-image");
+  const viewer = element("viewer");
   let shown = null;
   const crop = async (shot) => {
     const small = shot.querySelector("img");
@@ -57,8 +57,11 @@
     link.hidden = !file;
     if (file) link.href = file;
     if (!viewer.open) viewer.showModal();
+    const image = new Image();
     image.alt = prompt;
     image.src = await crop(shot);
+    if (shown !== shot) return;
+    element("viewer-picture").replaceChildren(image);
     if (!file || part) return;
     const original = new Image();
     original.onload = () => { if (shown === shot && viewer.open) image.src = original.src; };
@@ -73,7 +76,7 @@
   element("viewer-back").addEventListener("click", () => step(-1));
   element("viewer-on").addEventListener("click", () => step(1));
   element("viewer-close").addEventListener("click", () => viewer.close());
-  viewer.addEventListener("close", () => { image.removeAttribute("src"); shown?.focus(); });
+  viewer.addEventListener("close", () => { element("viewer-picture").replaceChildren(); shown?.focus(); });
   viewer.addEventListener("keydown", (event) => {
     if (event.key === "ArrowRight") step(1);
     if (event.key === "ArrowLeft") step(-1);
