@@ -102,21 +102,23 @@ def for_readers(value: Any, home: Path) -> Any:
 def _verdict(report: Report) -> str:
     models = report.get("models") or {}
     parts = []
-    for key in ("finetuned", "converted"):
-        scored = next((k for k in tables.KEYS if finite(get(models, key, tables.KEYS[k], "overall", "score"))), None)
-        ours, theirs = (get(models, name, tables.KEYS.get(scored or ""), "overall", "score") for name in (key, "base"))
-        if scored is not None and finite(theirs) is not None:
-            top = tables.TOPS.get(scored)
-            parts.append(
-                f"the {key} pixel model scores {score_of(ours, top)} on {tables.LABELS[scored]} "
-                f"where its latent base scores {score_of(theirs, top)}"
-            )
-            ours, theirs = (get(models, name, "fidelity", "texture_frechet") for name in (key, "base"))
-            if finite(ours) is not None and finite(theirs) is not None:
-                parts.append(
-                    f"its texture Fréchet distance to true images is {number(ours)}, the base’s {number(theirs)}"
-                )
-            break
+    for name in ("finetuned", "converted"):
+        pairs = {
+            suite: [finite(get(models, one, key, "overall", "score")) for one in (name, "base")]
+            for suite, key in tables.KEYS.items()
+        }
+        suite = next((suite for suite, pair in pairs.items() if None not in pair), None)
+        if suite is None:
+            continue
+        ours, theirs = (score_of(score, tables.TOPS.get(suite)) for score in pairs[suite])
+        parts.append(
+            f"the {name} pixel model scores {ours} on {tables.LABELS[suite]} where its latent base scores {theirs}"
+        )
+        texture = [finite(get(models, one, "fidelity", "texture_frechet")) for one in (name, "base")]
+        if None not in texture:
+            ours, theirs = map(number, texture)
+            parts.append(f"its texture Fréchet distance to true images is {ours}, the base’s {theirs}")
+        break
     if claims := report.get("claims") or []:
         parts.append(f"{sum(bool(claim.get('holds')) for claim in claims)} of {len(claims)} claims hold")
     if parts:

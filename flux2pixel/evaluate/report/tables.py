@@ -6,7 +6,7 @@ Nothing here is HTML: the page's template writes what these return.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flux2pixel.runtime.page import finite, number
@@ -152,7 +152,7 @@ def summary(report: Report) -> list[Row]:
     for index, row in enumerate(rows):
         if row.meaning:
             count += 1
-            rows[index] = Row(**{**vars(row), "number": count})
+            rows[index] = replace(row, number=count)
     return rows
 
 
@@ -255,6 +255,6 @@ def _fidelity_rows(report: Report, names: list[str]) -> list[Row]:
     for key in [key for key in MEASURES if key in known] + [key for key in known if key not in MEASURES]:
         label, better, meaning = MEASURES.get(key, (key.replace("_", " "), NONE, ""))
         cells = tuple(Cell(number(values[name].get(key))) for name in names)
-        shown = (number(one[key]) if key in one else "" for one in (vae, real))
-        rows.append(Row("measure", label, cells, *shown, better, meaning))
+        alone, true = (number(one[key]) if key in one else "" for one in (vae, real))
+        rows.append(Row("measure", label, cells, alone, true, better, meaning))
     return rows
