@@ -1,4 +1,4 @@
-"""The bundled base, klein-tiny, and its world."""
+"""The bundled base: a world of shapes, its detector, and the suites judged by it. It registers like any other base."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ from typing import Any
 from flux2pixel.families.registry import Plugin
 
 
+def _geneval() -> Any:
+    from flux2pixel.miniature import judge
+
+    return judge.GENEVAL
+
+
+def _dpg_bench() -> Any:
+    from flux2pixel.miniature import questions
+
+    return questions.DPG_BENCH
+
+
 def _truth(posed: Sequence[dict], count: int) -> Any:
-    from flux2pixel.miniature.truth import Renders
+    from flux2pixel.miniature.truth import Renders  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     return Renders(posed, count)
 
 
-klein_tiny = Plugin("klein-tiny", str(Path(__file__).parent / "klein-tiny"), truth=_truth)
+klein_tiny = Plugin(
+    name="klein-tiny",
+    folder=Path(__file__).parent / "klein-tiny",
+    suites={"geneval": _geneval, "dpg-bench": _dpg_bench},
+    truth=_truth,
+)
