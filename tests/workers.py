@@ -118,6 +118,13 @@ def two_ranks(run: Path) -> None:
         print(f"rank {team.rank} of {team.world} done")
 
 
+def stale(run: Path) -> None:
+    """A resume in which the second process's file system does not show it the newest checkpoint yet."""
+    if launch.rank():
+        checkpoint.newest = lambda folder: None
+    stage.finetune(small(*LORA, "finetune.steps=4"), run)
+
+
 def slow_leader(run: Path) -> None:
     """A fit whose first process prepares and estimates for longer than a collective may take."""
     processes.STEP = timedelta(seconds=4)
@@ -155,5 +162,5 @@ if __name__ == "__main__":
     name, *words = sys.argv[1:]
     if name == "one_fails":
         one_fails(Path(words[0]), int(words[1]), words[2])
-    {"kills": kills, "two_ranks": two_ranks, "slow_leader": slow_leader}[name](Path(words[0]))
+    {"kills": kills, "two_ranks": two_ranks, "slow_leader": slow_leader, "stale": stale}[name](Path(words[0]))
     exit_process(0)
