@@ -22,7 +22,7 @@ from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.recipe import load
-from flux2pixel.runtime import processes
+from flux2pixel.runtime import launch, processes
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.launch import exit_process
 from flux2pixel.runtime.processes import join
