@@ -177,4 +177,4 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_p
             with pytest.raises(ValueError, match="stop"), files.new_folder(path, "finetune"):
                 raise ValueError("stop")
             assert (path / "weights" / "a.txt").read_text() == "old" and living.is_dir()
-            assert len(list(tmp_path.iterdir())) == 2
+            assert len(list(tmp_path.iterdir())) == 2, list(tmp_path.iterdir())

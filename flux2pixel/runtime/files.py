@@ -57,15 +57,15 @@ def _ours(path: Path) -> str:
 
 def _clear_killed(path: Path) -> None:
     """Remove what processes that were killed left of making ``path``; put back what they had moved away for it."""
-    for left in () if WINDOWS else path.parent.glob(f"{_ours(path)}-*"):
+    for left in () if WINDOWS else sorted(path.parent.glob(f"{_ours(path)}-*")):
         try:
-            os.kill(int(left.name.split("-")[4]), 0)
+            os.kill(int(left.name.split("-")[3]), 0)
         except ProcessLookupError:
             if left.suffix == ".old" and not path.exists():
                 os.replace(left, path)
             elif left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
-        except (PermissionError, ValueError):  # it lives, as somebody else's
+        except PermissionError:  # it lives, as somebody else's
             pass
 
 
