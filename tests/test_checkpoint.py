@@ -300,11 +300,10 @@ KILLED = """
 import os, signal, sys, json, shutil
 from pathlib import Path
 import torch
-from flux2pixel.runtime import files
+from flux2pixel import files
 from flux2pixel.cli import app
-from flux2pixel.families.flux2 import Flux2
-from flux2pixel.convert import run as stage
-from flux2pixel.weights import write
+from flux2pixel.bases.flux2 import Flux2
+from flux2pixel.convert import stage, write
 from flux2pixel.recipe import load
 
 base, run = sys.argv[1:]
@@ -380,9 +379,9 @@ PEAK = """
 import resource, sys, threading
 from pathlib import Path
 import torch
-from flux2pixel.weights.checkpoint import open_checkpoint
+from flux2pixel.convert.checkpoint import open_checkpoint
 from flux2pixel.convert.plan import as_they_are
-from flux2pixel.weights.write import write_file
+from flux2pixel.convert.write import write_file
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 outputs = tuple(as_they_are(checkpoint))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
