@@ -46,6 +46,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
 
 def model(path: Path, text: str, stage: str = "finetune", overwrite: bool = False) -> None:
     with files.new_folder(path, stage, overwrite) as folder:
+        (folder / "asymflow.json").touch()
         (folder / "weights").mkdir()
         (folder / "weights" / "a.txt").write_text(text)
 
@@ -155,3 +156,25 @@ def test_windows_syncs_files_open_for_writing_and_no_folders(tmp_path: Path, mon
     model(tmp_path / "b", "text")
     files.write_json(tmp_path / "a", 1)
     assert opened and all(flags & (os.O_RDWR | os.O_WRONLY) for flags in opened)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="fork")
+def test_what_a_killed_process_left_goes_and_what_a_living_one_makes_stays(tmp_path: Path) -> None:
+    """Killed before the rename, and between the two renames: then the old model is back before the next run starts."""
+    path = tmp_path / "model"
+    model(path, "old")
+    with files.new_folder(path, "finetune") as living:
+        (living / "asymflow.json").touch()
+        for moved in (False, True):
+            child = os.fork()
+            if child == 0:
+                with files.new_folder(path, "finetune"):
+                    if moved:
+                        os.replace(path, files._beside(path, "old"))
+                    os._exit(9)
+            os.waitpid(child, 0)
+            assert path.exists() != moved
+            with pytest.raises(ValueError, match="stop"), files.new_folder(path, "finetune"):
+                raise ValueError("stop")
+            assert (path / "weights" / "a.txt").read_text() == "old" and living.is_dir()
+            assert len(list(tmp_path.iterdir())) == 2, list(tmp_path.iterdir())

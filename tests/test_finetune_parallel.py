@@ -62,6 +62,11 @@ def test_sharded_lora_average_abort_and_a_checkpoint_read_by_one_process(prepare
     full, lora = split(saved)
     assert {"x_embedder.weight", "proj_out.weight", "norm_out.linear.weight"} <= full.keys()
     assert lora and all(".lora_A.weight" in name or ".lora_B.weight" in name for name in lora)
+    # All go on from the checkpoint that the first one sees, or they would wait for each other.
+    python(*TORCHRUN, "tests/workers.py", "stale", folder)
+    assert json.loads((folder / "finetuned" / "finetune.json").read_text())["steps"] == 4
+    steps = [json.loads(line)["step"] for line in (folder / "finetune.jsonl").read_text().splitlines()]
+    assert min(steps) == 4, "three steps were made before"
 
 
 def test_accelerate_launches_it_too(prepared_run, tmp_path):

@@ -129,7 +129,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from flux2pixel.recipe import load
-from flux2pixel.subspace import gather, stage
+from flux2pixel.subspace import gather
+from flux2pixel.subspace import run as stage
 gather.SAVE_SECONDS = 0
 add, left = gather.Strata.add, 4
 def some(*given):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -43,8 +44,29 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def _beside(path: Path, suffix: str = "tmp") -> Path:
-    """A name in the folder of ``path`` that is ours alone."""
-    return path.with_name(f".flux2pixel-{secrets.token_hex(8)}.{suffix}")
+    """A name in the folder of ``path`` that is ours alone, and tells whose: of which path, machine and process."""
+    return path.with_name(f"{_ours(path)}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}")
+
+
+def _ours(path: Path) -> str:
+    """How names of :func:`_beside` begin for ``path`` in processes that see each other: of one machine or container."""
+    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    words = (path.name, platform.node() + space)
+    return "-".join([".flux2pixel", *(hashlib.sha256(word.encode()).hexdigest()[:8] for word in words)])
+
+
+def _clear_killed(path: Path) -> None:
+    """Remove what processes that were killed left of making ``path``; put back what they had moved away for it."""
+    for left in () if WINDOWS else sorted(path.parent.glob(f"{_ours(path)}-*")):
+        try:
+            os.kill(int(left.name.split("-")[3]), 0)
+        except ProcessLookupError:
+            if left.suffix == ".old" and not path.exists():
+                os.replace(left, path)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it lives, as somebody else's
+            pass
 
 
 def _create(path: Path) -> int:
@@ -93,6 +115,7 @@ def new_folder(path: Path, stage: str, overwrite: bool = False) -> Iterator[Path
     before the block.
     """
     path = path.resolve()
+    _clear_killed(path)
     check_new(path, stage, overwrite)
     if path.is_dir() and any(path.iterdir()):
         log(f"{stage}: {path} is there already and will be replaced")
@@ -105,12 +128,12 @@ def new_folder(path: Path, stage: str, overwrite: bool = False) -> Iterator[Path
             _finish(temporary, stage)
             check_new(path, stage, overwrite)  # hours may have passed
             if path.exists():
-                os.rename(path, retired)
+                os.replace(path, retired)
             try:
-                os.rename(temporary, path)
+                os.replace(temporary, path)
             except OSError:
                 if retired.exists():
-                    os.rename(retired, path)
+                    os.replace(retired, path)
                 raise
             _sync_one(path.parent)
             shutil.rmtree(retired, ignore_errors=True)
@@ -129,7 +152,7 @@ def check_new(path: Path, stage: str, overwrite: bool = False) -> None:
         raise UsageError(f"{path}: a disk is mounted here, so it cannot be replaced as a whole; name a folder in it")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not any((path / name).is_file() for name in (LISTING, "asymflow.json", "conversion.json")):
+    if not any((path / name).is_file() for name in ("asymflow.json", "conversion.json")):
         raise UsageError(f"{path}: exists and was not written by flux2pixel; choose another --out or empty it")
     if overwrite:
         return
