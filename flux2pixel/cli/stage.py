@@ -132,13 +132,13 @@ def base_of(run: Path) -> str:
     """The base that the files of a run are of; empty if it has none that tells."""
     from flux2pixel.weights.header import read_header
 
-    for name in MODELS:
-        described = run / name / "asymflow.json"
-        if described.is_file():
-            return str(json.loads(described.read_text()).get("base", ""))
     try:
+        for name in MODELS:
+            described = run / name / "asymflow.json"
+            if described.is_file():
+                return str(json.loads(described.read_text()).get("base", ""))
         return read_header(run / SUBSPACE).metadata.get("base", "") if (run / SUBSPACE).is_file() else ""
-    except Flux2PixelError:
+    except (Flux2PixelError, ValueError, AttributeError):
         return ""  # the stage that reads it says what is wrong with it
 
 
