@@ -223,9 +223,10 @@ def _generate(
     count: int = 1,
     size: tuple[int, int] | None = None,
     negative: str = "",
+    batch: int = 4,
     on_image: Callable[[int], object] | None = None,
 ) -> list[Image]:
-    """Draw ``count`` images of each prompt; ``size`` (height, width), pixels, is the model's own where not given."""
+    """Draw ``count`` images of each prompt, one at a time; ``size`` (height, width) is the model's own if not given."""
     from PIL import Image
 
     patch = model.patch if isinstance(model, PixelModel) else model.base.patch_size
