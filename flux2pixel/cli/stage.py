@@ -27,12 +27,14 @@ MODELS = (FINETUNED, READOUT, CONVERTED)  # of a run, the latest first
 class Job:
     """What a command works on: its recipe and the run directory.
 
-    ``file`` is the recipe's file, if one was named; ``overrides`` are what ``--set`` and flags changed.
+    ``file`` is the recipe's file, if one was named, and ``said`` what it said when this command began; ``overrides``
+    are what ``--set`` and flags changed.
     """
 
     recipe: Recipe
     run: Path
     file: Path | None
+    said: Mapping[str, Any]
     overrides: tuple[str, ...]
     dry_run: bool
 
@@ -91,14 +93,12 @@ class Job:
 
     @property
     def _copies(self) -> bool:
-        return self.file is not None and not (self.run / "recipe.toml").exists()
+        return bool(self.said) and not (self.run / "recipe.toml").exists()
 
     def keep_recipe(self) -> None:
         """Copy the recipe file that this command was given into a run that has none; no flag, no ``--set``."""
-        if self.file is None or not self._copies:
-            return
-        if said := recipes.read(self.file):
-            text = f"format = {recipes.FORMAT}\n" + recipes.dumps_written(said)
+        if self._copies:
+            text = f"format = {recipes.FORMAT}\n" + recipes.dumps_written(self.said)
             write(self.run / "recipe.toml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def command(self, *words: str | Path) -> str:
@@ -124,20 +124,21 @@ def resolve(flags: Flags, *, fresh: bool = False, **changes: Any) -> Job:
         if mine is own and launch.rank() == 0:  # once for a run of many processes
             typer.echo(f"recipe: {own} of the run (--recipe names another)", err=True)
         recipe = recipes.load(mine, overrides, fallback=base_of(run))
-    return Job(recipe, run, flags.recipe, tuple(overrides), flags.dry_run)
+    said = recipes.read(flags.recipe) if flags.recipe else {}
+    return Job(recipe, run, flags.recipe, said, tuple(overrides), flags.dry_run)
 
 
 def base_of(run: Path) -> str:
     """The base that the files of a run are of; empty if it has none that tells."""
     from flux2pixel.weights.header import read_header
 
-    for name in MODELS:
-        described = run / name / "asymflow.json"
-        if described.is_file():
-            return str(json.loads(described.read_text()).get("base", ""))
     try:
+        for name in MODELS:
+            described = run / name / "asymflow.json"
+            if described.is_file():
+                return str(json.loads(described.read_text()).get("base", ""))
         return read_header(run / SUBSPACE).metadata.get("base", "") if (run / SUBSPACE).is_file() else ""
-    except Flux2PixelError:
+    except (Flux2PixelError, ValueError, AttributeError):
         return ""  # the stage that reads it says what is wrong with it
 
 
