@@ -4,25 +4,31 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from finetuning import LORA, small
 from torch.distributed.tensor import DTensor
 
+from flux2pixel.cli import main
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
+from flux2pixel.evaluate import run as evaluation
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
-from flux2pixel.recipe import Recipe
-from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.recipe import Recipe, load
+from flux2pixel.runtime import launch, processes
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.launch import exit_process
 from flux2pixel.runtime.processes import Team, join
+from flux2pixel.subspace import run as fit
 
 
 def kills(run: Path) -> None:
@@ -185,7 +191,51 @@ def _stepped(run: Path, recipe: Recipe, team: Team, saved: Path | None) -> tuple
     return trainer, losses
 
 
+def stale(run: Path) -> None:
+    """A resume in which the second process's file system does not show it the newest checkpoint yet."""
+    if launch.rank():
+        checkpoint.newest = lambda folder: None
+    stage.finetune(small(*LORA, "finetune.steps=4"), run)
+
+
+def slow_leader(run: Path) -> None:
+    """A fit whose first process prepares and estimates for longer than a collective may take."""
+    processes.STEP = timedelta(seconds=4)
+    estimate = fit.estimate
+
+    def slow(*about):
+        time.sleep(8)
+        return estimate(*about)
+
+    fit.estimate = slow
+    with join(lambda: time.sleep(8)) as team:
+        values, words = team.sum([team.rank + 1, 1]), team.gather("ab"[team.rank])
+        print(f"joined {values} {words} from {team.broadcast(team.rank)}\n", end="", flush=True)
+    fit.fit_subspace(load(None, ["fit_subspace.images=8", "fit_subspace.batch=4", "threads=2"], base="klein-tiny"), run)
+
+
+def one_fails(run: Path, rank: int, how: str) -> None:
+    """``flux2pixel eval`` in which one process fails at work while the other is in a barrier or a collective."""
+
+    def work(recipe, run, models, out, images, matched, team):
+        if team.rank == rank:
+            time.sleep(3)
+            raise RuntimeError("torn shard") if how == "raise" else UsageError("wrong")
+        if rank:
+            team.sum([1.0])
+        team.barrier()
+
+    evaluation._evaluate = work
+    sys.argv = ["flux2pixel", "eval", "--run", str(run)]
+    main()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"kills": kills, "two_ranks": two_ranks, "matrix": matrix}[sys.argv[1]](Path(sys.argv[2]))
+    name, *words = sys.argv[1:]
+    if name == "one_fails":
+        one_fails(Path(words[0]), int(words[1]), words[2])
+    {"kills": kills, "two_ranks": two_ranks, "slow_leader": slow_leader, "stale": stale, "matrix": matrix}[name](
+        Path(words[0])
+    )
     exit_process(0)
