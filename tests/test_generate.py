@@ -290,11 +290,11 @@ def test_a_model_on_the_hub_is_asked_for_and_a_mistyped_folder_is_not(
 ) -> None:
     asked: list[str] = []
 
-    def download(repo: str, *_: Any) -> Path:
+    def resolve(repo: str, *_: Any) -> Path:
         asked.append(repo)
         return run / "converted"
 
-    monkeypatch.setattr(bases, "download", download)
+    monkeypatch.setattr(models.bases, "resolve", resolve)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     words = ["eval", "--run", str(tmp_path / "run"), "--suite", "geneval", "--model"]
