@@ -4,11 +4,11 @@ import csv
 
 import numpy as np
 import pytest
-from parity import answers
+from parity import SHARED, answers
 from PIL import Image
 
 from flux2pixel.evaluate import dpg_bench
-from flux2pixel.evaluate.dpg_bench.questions import COLUMNS, git_blob
+from flux2pixel.evaluate.dpg_bench.questions import COLUMNS, GIT_BLOB, git_blob
 from flux2pixel.evaluate.dpg_bench.scoring import gate, parse
 from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.evaluate.suite import Record
@@ -159,3 +159,17 @@ def test_the_suite_scores_grids_crop_by_crop(tmp_path):
     partial = dpg_bench.summarise(suite.prompts, records[:-1])
     assert partial["missing"] == [("b", 3)] and "overall" not in partial and "total" not in partial["official"]
     assert not suite.provenance()["questions_official"]
+
+
+def test_prompts_are_official_by_their_texts_not_by_the_questions_alone():
+    """The questions file's own texts are the protocol's, and so are the official .txt files; nothing else is."""
+    texts = dpg_bench.read_texts(SHARED / "evaldata" / "dpg_bench" / "prompts.jsonl")
+    rows = [row(item, 1) for item in texts]
+
+    def official(given=None, blob=GIT_BLOB):
+        judge = dpg_bench.DpgBench(dpg_bench.prompts(rows, given), Brightness(), blob)
+        return judge.provenance()["prompts_official"]
+
+    assert official() and official(texts) and len(texts) == 1065
+    assert not official(blob="another") and not official(texts, blob="another")
+    assert not official(texts | {"0": "a rewritten prompt"})

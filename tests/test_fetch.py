@@ -92,6 +92,34 @@ def test_what_is_not_what_was_pinned_is_refused(site, tmp_path):
         assets.get(Source("x.bin", f"{url}/x.bin"))  # unlike the first fetch
 
 
+def test_what_is_on_the_hub_is_got_by_its_own_client(tmp_path, monkeypatch):
+    """Every Hub file of HPSv3: which repository and kind it is asked of, and that it lands in its place."""
+    import huggingface_hub
+
+    asked = []
+
+    def serve(repo, name, *, repo_type, local_dir):
+        asked.append((repo_type, repo, name))
+        if name == "HPSv3.safetensors":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nat all")
+        path = local_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", serve)
+    monkeypatch.setattr(convert_assets, "instruction", lambda path: None)
+    with pytest.raises(
+        Flux2PixelError, match=r"HPSv3\.safetensors: cannot be had \(no network\); get it elsewhere"
+    ) as said:
+        fetch.fetch(["hpsv3"], tmp_path)
+    assert "\n" not in str(said.value)
+    assert ("dataset", "MizzenAI/HPDv3", "benchmark/benchmark_Natural Scenery.json") in asked
+    assert ("model", "Qwen/Qwen2-VL-7B-Instruct", "vocab.json") in asked and len(asked) == 12 + 5 + 1
+    assert (tmp_path / "hpsv3/qwen2-vl/vocab.json").read_text() == "vocab.json"
+    assert not list(tmp_path.rglob(".hub/*/vocab.json"))
+
+
 def test_what_cannot_be_had_says_where_to_put_it(site, tmp_path):
     assets = Assets(tmp_path / "assets")
     with pytest.raises(Flux2PixelError, match=r"404 Not Found; get it by hand and put it at .*downloads/x\.bin"):

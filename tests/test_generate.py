@@ -62,7 +62,7 @@ def make(folder: Path, suite: str, batch: int, **changes: Any) -> int:
     asked, pencil = order(**changes), Pencil()
     files = layout.image_files(suite, folder, PROMPTS, 4)
     work = generate.batches(asked, generate.stale(asked, files), batch)
-    assert len(list(generate.draw(asked, work, pencil, batch, Clock()))) == sum(map(len, work))
+    assert sum(generate.draw(asked, work, pencil, batch, Clock())) == pencil.images
     return pencil.images
 
 
@@ -283,6 +283,27 @@ def test_the_report_says_how_every_column_was_drawn(run: Path, tmp_path: Path) -
     for one in drawn.values():
         assert (one["steps"], one["guidance"], one["seed"], one["sizes"]) == (2, 2.0, 0, {"geneval": {"32x32": 6}})
     assert drawn["converted"]["shift"] == 1.0 and "shift" not in drawn["stock"]
+
+
+def test_a_model_on_the_hub_is_asked_for_and_a_mistyped_folder_is_not(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def resolve(repo: str, *_: Any) -> Path:
+        asked.append(repo)
+        return run / "converted"
+
+    monkeypatch.setattr(models.bases, "resolve", resolve)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    words = ["eval", "--run", str(tmp_path / "run"), "--suite", "geneval", "--model"]
+    mistyped = CliRunner().invoke(app, [*words, "runs/convertd"])
+    assert mistyped.exit_code == 2 and "no such folder runs/convertd" in mistyped.stderr and not asked
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    done = CliRunner().invoke(app, [*words, "hub=someone/pixels", *settings])
+    assert done.exit_code == 0 and asked == ["someone/pixels"], done.output
+    assert list(json.loads((tmp_path / "run" / "report.json").read_text())["models"]) == ["hub"]
 
 
 def test_a_mistyped_run_is_an_error(tmp_path: Path) -> None:

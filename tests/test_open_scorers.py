@@ -66,6 +66,24 @@ def test_hpsv3_scores_from_the_folder(assets, tmp_path):
     )
 
 
+def test_hpsv3s_prompts_are_official_only_as_they_were_fetched(assets, tmp_path):
+    import hashlib
+    import shutil
+
+    home = tmp_path / "assets"
+    shutil.copytree(assets, home)
+    suite = open_scorers.hpsv3(home, "cpu", open_scorers.hpsv3_prompts(home))
+    assert not suite.provenance()["prompts_official"], "never fetched"
+    files = sorted((home / "hpsv3" / "benchmark").iterdir())
+    pins = {f"hpdv3/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (home / "digests.json").write_text(json.dumps(pins))
+    suite = open_scorers.hpsv3(home, "cpu", open_scorers.hpsv3_prompts(home))
+    assert suite.provenance()["prompts_official"]
+    files[0].write_text(json.dumps(json.loads(files[0].read_text()) * 2))  # other entries, the same categories
+    suite = open_scorers.hpsv3(home, "cpu", open_scorers.hpsv3_prompts(home))
+    assert not suite.provenance()["prompts_official"]
+
+
 def test_the_reward_token_is_one_id_at_the_end_of_the_vocabulary(assets):
     suite = open_scorers.hpsv3(assets, "cpu", open_scorers.hpsv3_prompts(assets))
     ids = suite._rewards.tokens("w5 w6", 4)

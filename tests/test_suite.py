@@ -10,6 +10,7 @@ from PIL import Image
 
 from flux2pixel.evaluate import statistics
 from flux2pixel.evaluate.geneval import GenEval, prompts, summarise
+from flux2pixel.evaluate.geneval.scorer import judged
 from flux2pixel.evaluate.suite import Prompt, Record, Sample, read_ahead, read_rgb
 from flux2pixel.miniature import judge, world
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -77,6 +78,26 @@ def test_figures_name_what_is_missing_and_refuse_strangers_and_duplicates():
     ):
         with pytest.raises(UsageError, match=message):
             statistics.by_prompt(PROMPTS, [*records, bad])
+
+
+def test_the_colours_of_a_clause_are_named_together_and_only_of_what_counts():
+    asked = []
+
+    class Seen:
+        detections = {  # noqa: RUF012
+            "dog": [(0.0, 0.0, 9.0 - i, 9.0, 0.9 - i / 10) for i in range(3)],
+            "cat": [(0.0, 0.0, 9.0, 9.0, 0.9)],
+        }
+
+        def colors(self, class_name, boxes):
+            asked.append((class_name, boxes))
+            return ["red"] * len(boxes)
+
+    clauses = [{"class": "dog", "count": 2, "color": "red"}, {"class": "cat", "count": 2, "color": "red"}]
+    (prompt,) = prompts([{"tag": "colors", "include": clauses, "prompt": "p"}])
+    record = judged(prompt, 0, Seen())
+    assert asked == [("dog", [(0.0, 0.0, 9.0, 9.0), (0.0, 0.0, 8.0, 9.0)])], "two dogs are enough, one cat is too few"
+    assert record.reason == "expected cat>=2, found 1"
 
 
 def test_the_miniature_suite_scores_true_renders_and_withholds_a_partial_overall(tmp_path):

@@ -90,18 +90,12 @@ class Clock:
     images: int = 0
 
 
-def draw(
-    order: Order, work: Sequence[Sequence[ImageFile]], drawer: Drawer, batch: int, clock: Clock
-) -> Iterator[ImageFile]:
-    """Draw and write the files of ``work`` batch by batch; yields each once it is whole on disk."""
-    waiting: deque[tuple[ImageFile, Future[None]]] = deque()
+def draw(order: Order, work: Sequence[Sequence[ImageFile]], drawer: Drawer, batch: int, clock: Clock) -> Iterator[int]:
+    """Draw and write the files of ``work`` batch by batch; yields how many images each batch of files had.
 
-    def written(limit: int) -> Iterator[ImageFile]:
-        while waiting and (len(waiting) > limit or waiting[0][1].done()):
-            file, future = waiting.popleft()
-            future.result()
-            yield file
-
+    Files are compressed and written beside the drawing; all are whole on disk when it ends.
+    """
+    waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         for group in work:
             size = order.size_of(group[0].prompt)
@@ -116,9 +110,12 @@ def draw(
             images = iter(np.concatenate(parts))
             for file in group:
                 image = _sheet([next(images) for _ in file.indices])
-                waiting.append((file, pool.submit(png.write, file.path, image, order.digest(file))))
-            yield from written(AHEAD)
-        yield from written(0)
+                waiting.append(pool.submit(png.write, file.path, image, order.digest(file)))
+            while len(waiting) > AHEAD:
+                waiting.popleft().result()
+            yield len(shots)
+        for future in waiting:
+            future.result()
 
 
 def _sheet(images: list[np.ndarray]) -> np.ndarray:

@@ -42,7 +42,7 @@ def rows(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         one = outcome.candidate
         row = report["models"].setdefault(one.name, {"path": str(one.path), "kind": one.kind, "digest": one.digest})
         if one.open is not None:
-            row["steps"] = one.settings["steps"]
+            row["steps"] = one.settings.get("steps")  # None: the pipeline's own
             drawn = row.setdefault("generation", dict(one.settings) | {"seed": recipe.seed, "sizes": {}})
             drawn["sizes"][outcome.suite.name] = _sizes(outcome)
         if outcome.seconds_per_image is not None:

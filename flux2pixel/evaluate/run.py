@@ -205,8 +205,8 @@ class Task:
             return
         layout.write_companions(self.suite.name, self._folder, [f.prompt for group in work for f in group])
         with bar(f"{self.suite.name} {self.candidate.name}", total) as progress:
-            for file in drawing.draw(self.order, work, drawer, self._batch, clock):
-                progress.advance(len(file.indices))
+            for images in drawing.draw(self.order, work, drawer, self._batch, clock):
+                progress.advance(images)
         speed = {"seconds_per_image": clock.seconds / clock.images, "images": clock.images}
         files.write_json(self._scores / f"{self.suite.name}.speed.{self._team.rank}.json", speed)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -22,11 +23,8 @@ from flux2pixel.runtime.progress import bar, log
 
 SUITES = ("geneval", "dpg-bench", "hpsv3", "fidelity")
 CHUNK = 1 << 20
-HUB = "https://huggingface.co"
 _OPENMMLAB = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 _MPLUG = "https://www.modelscope.cn/models/iic/mplug_visual-question-answering_coco_large_en/resolve/master"
-_BENCHMARK = f"{HUB}/datasets/MizzenAI/HPDv3/resolve/main/benchmark"
-_QWEN = f"{HUB}/Qwen/Qwen2-VL-7B-Instruct/resolve/main"
 QWEN_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 MPLUG_FILES = ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin")
 
@@ -35,7 +33,8 @@ MPLUG_FILES = ("config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bi
 class Source:
     """A file to get: ``name`` in the downloads, its public ``url``, and what pins it.
 
-    ``sha256`` may be the first digits only; ``git_blob`` is the id that git gives the file; neither: the first fetch.
+    ``hf://[datasets/]<repository>/<file>`` is on the Hugging Face Hub. ``sha256`` may be the first digits only;
+    ``git_blob`` is the id that git gives the file; neither: the first fetch.
     """
 
     name: str
@@ -69,8 +68,8 @@ ALEXNET = Source(
     "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79"
 )
 INCEPTION_FILE, ALEXNET_FILE = f"fidelity/{INCEPTION.name}", f"fidelity/{ALEXNET.name}"
-HPSV3 = Source("HPSv3.safetensors", f"{HUB}/MizzenAI/HPSv3/resolve/main/HPSv3.safetensors")
-QWEN = tuple(Source(f"qwen2-vl/{name}", f"{_QWEN}/{name}") for name in QWEN_FILES)
+HPSV3 = Source("HPSv3.safetensors", "hf://MizzenAI/HPSv3/HPSv3.safetensors")
+QWEN = tuple(Source(f"qwen2-vl/{name}", f"hf://Qwen/Qwen2-VL-7B-Instruct/{name}") for name in QWEN_FILES)
 
 
 def default_folder() -> Path:
@@ -99,7 +98,7 @@ class Assets:
         path = self.folder / "downloads" / source.name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
-            download(source.url, path)
+            (from_hub if source.url.startswith("hf://") else download)(source.url, path)
         found = files.digest(path)
         wanted = source.sha256 or ("" if source.git_blob else self.digests.get(source.name, ""))
         if not found.startswith(wanted):
@@ -133,6 +132,22 @@ class Assets:
         path.parent.mkdir(parents=True, exist_ok=True)
         convert(got, path, {"source": source.url, "source_sha256": self.digests[source.name]})
         got.unlink()
+
+
+def from_hub(url: str, path: Path) -> None:
+    """Get ``hf://...`` into ``path`` by huggingface_hub, with the user's endpoint, token and proxies; it resumes."""
+    from huggingface_hub import hf_hub_download
+
+    words = url.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+    repo, kind = "/".join(words[:2]), "dataset" if url.startswith("hf://datasets/") else "model"
+    folder = path.parent / ".hub"
+    try:
+        got = hf_hub_download(repo, words[2], repo_type=kind, local_dir=folder)
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are one of the two
+        reason = str(error).strip().splitlines()[0]
+        raise Flux2PixelError(f"{url}: cannot be had ({reason}); get it elsewhere and put it at {path}") from error
+    os.replace(got, path)
+    shutil.rmtree(folder)
 
 
 def download(url: str, path: Path) -> None:
@@ -188,7 +203,7 @@ def fetch(suites: Sequence[str], folder: Path) -> None:
         made.instruction(folder / "hpsv3" / "instruction.txt")
         for category in CATEGORIES:
             name = f"benchmark_{category}.json"
-            source = Source(f"hpdv3/{name}", f"{_BENCHMARK}/{name.replace(' ', '%20')}")
+            source = Source(f"hpdv3/{name}", f"hf://datasets/MizzenAI/HPDv3/benchmark/{name}")
             assets.place(source, f"hpsv3/benchmark/{name}")
         for source in QWEN:
             assets.place(source, f"hpsv3/{source.name}")

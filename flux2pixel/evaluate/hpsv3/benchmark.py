@@ -15,19 +15,9 @@ from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 
 CATEGORIES = (
-    "Characters",
-    "Arts",
-    "Design",
-    "Architecture",
-    "Animals",
-    "Natural Scenery",
-    "Transportation",
-    "Products",
-    "Others",
-    "Plants",
-    "Food",
-    "Science",
-)
+    "Characters", "Arts", "Design", "Architecture", "Animals", "Natural Scenery", "Transportation", "Products",
+    "Others", "Plants", "Food", "Science",
+)  # fmt: skip
 BASE = 1024
 
 
