@@ -246,6 +246,11 @@ def test_only_what_leads_by_more_than_its_interval_is_bold(tmp_path: Path) -> No
     report["models"]["finetuned"]["geneval"]["overall"]["low"] = 0.7
     assert [cell.best for cell in rows_of(report)[overall].cells] == [False, False, True]
     assert page_of(report, None, tmp_path).count('<td class="best">') == 1
+    for model in report["models"].values():
+        model["geneval"]["overall"]["prompts"] = 4
+    assert not any(cell.best for cell in rows_of(report)[overall].cells), "four prompts say nothing of chance"
+    for model in report["models"].values():
+        model["geneval"]["overall"]["prompts"] = 24
     report["paired"] = {"converted-base": {"geneval": {"difference": -0.1, "low": -0.2, "high": -0.01}},
                         "finetuned-base": {"geneval": {"difference": -0.1, "low": -0.2, "high": -0.01}}}  # fmt: skip
     report["models"]["base"]["geneval"]["overall"]["score"] = 0.9

@@ -61,7 +61,7 @@ def write_report(report: Report, gallery: Gallery | None, path: Path) -> None:
         names=names,
         called=tables.NAMES,
         short={name: tables.SHORT.get(name, name) for name in names},
-        strip=_strip(report, gallery),
+        strip=_strip(report, gallery, path.parent),
         rows=tables.summary(report),
         words=tables.WORDS,
         claims=report.get("claims") or [],
@@ -126,7 +126,7 @@ def _verdict(report: Report) -> str:
     return f"{len(models)} models." if models else "Nothing was compared in this run."
 
 
-def _strip(report: Report, gallery: Gallery | None) -> dict[str, Any]:
+def _strip(report: Report, gallery: Gallery | None, home: Path) -> dict[str, Any]:
     """A row of pictures for each model, spread over the tags: the first image of each prompt, never a chosen one."""
     by_tag: dict[str, list[Mapping[str, Any]]] = {}
     for item in report.get("prompts") or []:
@@ -138,7 +138,10 @@ def _strip(report: Report, gallery: Gallery | None) -> dict[str, Any]:
         return {}
     shots = [gallery.shots[item["suite"], item["id"]] for item in chosen]
     rows = {
-        name: [data_uri(thumbnail(shot[name][0], SIDE)) if shot.get(name) else "" for shot in shots]
+        name: [
+            {"uri": data_uri(thumbnail(shot[name][0], SIDE))} | _file(shot[name][0], home) if shot.get(name) else {}
+            for shot in shots
+        ]
         for name in model_names(report)
         if any(shot.get(name) for shot in shots)
     }
@@ -226,11 +229,15 @@ def _cells(verdicts: Sequence[Mapping[str, Any]], samples: Sequence[Sample], hom
         if index < len(verdicts):
             cell |= {key: verdicts[index][key] for key in ("correct", "score", "reason") if key in verdicts[index]}
         if index < len(samples):
-            cell["file"] = Path(os.path.relpath(samples[index].path.resolve(), home.resolve())).as_posix()
-            if samples[index].box is not None:
-                cell["part"] = True
+            cell |= _file(samples[index], home)
         found.append(cell)
     return found
+
+
+def _file(sample: Sample, home: Path) -> dict[str, Any]:
+    """Where the original lies, as the page beside it reads it; ``part``: it holds more than this image."""
+    place = Path(os.path.relpath(sample.path.resolve(), home.resolve())).as_posix()
+    return {"file": place} | ({} if sample.box is None else {"part": True})
 
 
 def _sheets(shown: Shown, gallery: Gallery | None) -> Iterator[tuple[int, Sheet, str]]:

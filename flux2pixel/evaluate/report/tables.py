@@ -18,6 +18,7 @@ SHORT = {"base": "Latent base", "converted": "Converted", "finetuned": "Finetune
 LABELS = {"geneval": "GenEval", "dpg-bench": "DPG-Bench", "hpsv3": "HPSv3", "fidelity": "Fidelity"}
 KEYS = {"geneval": "geneval", "dpg-bench": "dpg_bench", "hpsv3": "hpsv3"}  # of a suite in report.json
 TOPS = {"geneval": 1.0, "dpg-bench": 100.0}  # scales with an end; HPSv3's has none
+FEW = 5  # prompts: over fewer, resampling them says nothing of chance
 UP, DOWN, ZERO, TRUE, NONE = "↑", "↓", "→ 0", "→ true", ""
 WORDS = {UP: "higher is better", DOWN: "lower is better", ZERO: "nearer to 0 is better",
          TRUE: "nearer to the true images’ own value is better"}  # fmt: skip
@@ -191,10 +192,10 @@ def leader(cells: Mapping[str, Mapping[str, Any]], gap: Any = lambda ours, their
     """The model that beats every other by more than chance; None where there is none.
 
     Of two models the paired difference decides, ``gap(ours, theirs)`` -> (low, high) or None; without one, intervals
-    that do not overlap.
+    that do not overlap. An interval over fewer than ``FEW`` prompts decides nothing.
     """
     judged = {name: cell for name, cell in cells.items() if finite(cell.get("score")) is not None}
-    if len(judged) < 2:
+    if len(judged) < 2 or any(cell.get("prompts", FEW) < FEW for cell in judged.values()):
         return None
     best = max(judged, key=lambda name: judged[name]["score"])
 

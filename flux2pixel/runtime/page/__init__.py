@@ -175,14 +175,19 @@ def _axis(values: Sequence[float], log: bool, start: float, end: float) -> tuple
     def place(value: float) -> float:
         return start + (value - low) / (high - low) * (end - start)
 
-    whole = log and high - low >= 2
-    return place, [(tick, _label(tick, log)) for tick in _ticks(low, high, whole)]
+    if log and high - low < 2:  # 1, 2 and 5 of each power of ten
+        powers = range(math.floor(low), math.ceil(high))
+        found = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
+        ticks = [tick for tick in found if low - 1e-9 <= tick <= high + 1e-9]
+    else:
+        ticks = _ticks(low, high, whole=log)
+    return place, [(tick, _label(tick, log)) for tick in ticks]
 
 
 def _label(tick: float, log: bool) -> str:
     if not log:
         return f"{tick:g}"
-    return f"{10**tick:g}" if -3 <= tick <= 4 else f"{10**tick:.0e}"
+    return f"{10**tick:.3g}" if -3 <= tick < 3 else f"{10**tick:.0f}" if 3 <= tick <= 5 else f"{10**tick:.0e}"
 
 
 def _ticks(low: float, high: float, whole: bool) -> list[float]:
