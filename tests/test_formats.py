@@ -137,7 +137,8 @@ def test_every_key_of_an_adapter_lands(tmp_path, base, recipe, subspace, adapter
     record = json.loads((out / "conversion.json").read_text())
     assert record["exactness"] is None and len(record["adapter_sha256"]) == 64
     index = json.loads((out / "model_index.json").read_text())
-    assert (index["shift"], index["shift_side"], index["steps"]) == (17.0, 1024, 38) and index["gamut_clamp"]
+    # A shift is of the pixel noise level at 1024 x 1024, whatever the model: there is no side beside it any more.
+    assert (index["shift"], index["steps"], index["gamut_clamp"]) == (17.0, 38, True) and "shift_side" not in index
 
 
 def spoil(adapter, change):

@@ -19,6 +19,7 @@ CONFIG = {
     "guidance_embeds": False,
 }
 VAE = {"latent_channels": 4, "patch_size": [2, 2], "block_out_channels": [16, 32, 64]}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "use_dynamic_shifting": False}
 INDEX = {
     "_class_name": "Flux2KleinPipeline",
     "is_distilled": False,
@@ -50,5 +51,5 @@ def write_tiny_base(folder: Path, *, max_shard_size: str = "20KB") -> Path:
     (folder / "text_encoder" / "config.json").write_text("{}")
     save_file({"embed": torch.randn(64, 8)}, folder / "text_encoder" / "model.safetensors")
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
