@@ -23,6 +23,7 @@ from flux2pixel.subspace.solvers import procrustes
 
 REHEARSED = [alias for alias, known in KNOWN.items() if not known.refused]
 HIDDEN, HEAD, CLIP, VOCABULARY = 32, 16, 16, 64  # widths of the language models
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SCALE = 2.3  # of the subspace, as measured on FLUX.2's VAE
 
 
@@ -120,8 +121,19 @@ def vocabularies(index: dict[str, Any]) -> dict[str, Any]:
         if not part.startswith("tokenizer"):
             continue
         match value[1]:
-            case "CLIPTokenizer":
-                made[part] = tokenizer(77)
+            case "CLIPTokenizer":  # spells: stock pipelines load it by its class, which reads byte pairs
+                spelt = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+                spelt |= {piece: 2 + i for i, piece in enumerate([*LETTERS, *(f"{one}</w>" for one in LETTERS)])}
+                made[part] = tf.CLIPTokenizer(vocab=spelt, merges=[], model_max_length=77)
+            case "T5TokenizerFast":
+                pieces = [
+                    ("<pad>", 0.0),
+                    ("</s>", 0.0),
+                    ("<unk>", -9.0),
+                    ("▁", -2.0),
+                    *((one, -3.0) for one in LETTERS),
+                ]
+                made[part] = tf.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
             case "PixtralProcessor":
                 marks = dict.fromkeys(("image_token", "image_break_token", "image_end_token"), "<img>")
                 words = tokenizer(512, "left")
