@@ -16,8 +16,9 @@ from flux2pixel.cli.about import bases_table
 from flux2pixel.families import registry
 from flux2pixel.families.known import KNOWN
 from flux2pixel.models import base as bases
-from flux2pixel.models.hub import PARTS
+from flux2pixel.models.hub import PARTS, commit_of
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.weights.checkpoint import open_checkpoint
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -44,6 +45,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         folder = self.server.folder
         if "/FLUX.2-klein-base-9B" in self.path:
             return self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        if "/no-such-revision" in self.path:
+            return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
         if "/me/base" not in self.path:
             return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -57,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             listed = {
                 "id": "me/base",
                 "sha": COMMIT,
-                "siblings": [{"rfilename": str(p.relative_to(folder))} for p in files],
+                "siblings": [{"rfilename": str(p.relative_to(folder)), "size": p.stat().st_size} for p in files],
             }
             return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
         body = (folder / self.path.split(f"/resolve/{COMMIT}/")[1].split("?")[0]).read_bytes()
@@ -96,15 +99,20 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
-def resolve(home, hub, *names, parts=PARTS, **environment):
+def resolve(home, hub, *names, parts=PARTS, offline=False, before="", cwd=None, **environment):
     """Resolve each name in a process of its own, whose Hub is the given server; prints folders and errors."""
     script = (
-        "import sys, huggingface_hub.constants as client\nclient.DOWNLOAD_CHUNK_SIZE = 4096\n"
+        f"import sys, huggingface_hub.constants as client\nclient.DOWNLOAD_CHUNK_SIZE = 4096\n{before}"
         "from flux2pixel.models.base import resolve\nfrom flux2pixel.runtime.errors import UsageError\n"
         "for name in sys.argv[1:]:\n"
-        f"    try: print('folder', resolve(name, {parts!r}))\n"
+        f"    try: print('folder', resolve(name, {parts!r}, offline={offline}))\n"
         "    except UsageError as error: print('error', error)\n"
     )
+    return python(script, home, hub, *names, cwd=cwd, **environment)
+
+
+def python(script, home, hub, *words, cwd=None, **environment):
+    """What a script prints that runs in a process of its own, whose Hub is the given server."""
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HOME": str(home),
@@ -113,8 +121,9 @@ def resolve(home, hub, *names, parts=PARTS, **environment):
         **environment,
     }
     done = subprocess.run(
-        [sys.executable, "-c", script, *names],
+        [sys.executable, "-c", script, *words],
         env=os.environ | environment,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -157,6 +166,59 @@ def test_a_download_that_stops_says_so_and_one_that_breaks_off_is_resumed(hub, t
     for part in ("transformer", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert (Path(found.removeprefix("folder ")) / name).read_bytes() == (hub.folder / name).read_bytes()
+
+
+def test_a_revision_is_asked_for_and_the_folder_knows_its_commit(hub, tmp_path):
+    hub.asked.clear()
+    (found,) = resolve(tmp_path, hub, "me/base@v1.0", parts=("vae",))
+    assert commit_of(Path(found.removeprefix("folder "))) == COMMIT and commit_of(hub.folder) is None
+    assert any("/revision/v1.0" in path for _, path in hub.asked)
+    (absent,) = resolve(tmp_path, hub, "me/base@no-such-revision")
+    assert "me/base@no-such-revision: the repository has no such revision" in absent
+
+
+def test_offline_asks_nobody(hub, tmp_path):
+    (first,) = resolve(tmp_path, hub, "me/base")
+    hub.asked.clear()
+    (again,) = resolve(tmp_path, hub, "me/base", offline=True)
+    (missing,) = resolve(tmp_path, hub, "me/base@other", offline=True)
+    assert again == first and hub.asked == []
+    assert "me/base@other is not in the local cache and the Hub cannot be reached, or was not to be asked" in missing
+
+
+def test_a_disk_that_is_too_small_is_said_before_a_download(hub, tmp_path):
+    """What is in the cache already is not counted again."""
+    small = "import shutil, collections\nshutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(2**20)\n"
+    hub.asked.clear()
+    (refused,) = resolve(tmp_path, hub, "me/base", before=small)
+    assert "me/base needs 0.0 GB, 0.0 GB are free at" in refused and "HF_HUB_CACHE" in refused
+    assert not any(path.endswith(".safetensors") for _, path in hub.asked)
+    resolve(tmp_path, hub, "me/base")
+    (found,) = resolve(tmp_path, hub, "me/base", before=small)
+    assert found.startswith("folder ")
+
+
+def test_a_mistyped_folder_says_what_is_beside_it(hub, tmp_path):
+    for name in ("klein-base", "other"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (refused,) = resolve(tmp_path / "home", hub, "models/klein-bose", cwd=tmp_path)
+    assert "models/klein-bose is not on the Hub, or private, and no folder here" in refused
+    assert "models/ holds klein-base, other" in refused
+
+
+def test_a_plan_is_made_from_configs_and_headers_alone(hub, tmp_path):
+    script = (
+        "import json\nfrom flux2pixel.models.hub import remote_plan\nplan = remote_plan('me/base')\n"
+        "print(json.dumps([plan.commit, sorted(plan.configs), plan.tensors['transformer'], sum(plan.sizes.values())]))"
+    )
+    hub.asked.clear()
+    commit, parts, tensors, size = json.loads(python(script, tmp_path, hub)[-1])
+    assert commit == COMMIT and {"transformer", "vae", "scheduler", "model_index"} <= set(parts)
+    expected = open_checkpoint(hub.folder / "transformer").tensors
+    assert tensors == {name: [stored.dtype, list(stored.shape)] for name, stored in expected.items()}
+    assert size == sum(path.stat().st_size for path in hub.folder.rglob("*") if path.is_file())
+    weights = [path for method, path in hub.asked if path.endswith(".safetensors") and "/vae/" in path]
+    assert weights == [], "the headers of the part that was asked for, no other"
 
 
 def test_folders_and_names_that_are_no_base(tmp_path):

@@ -204,7 +204,8 @@ class Family(ABC):
     def __getitem__(self, part: str) -> Mapping[str, Any]:
         """The configuration of a part as written. Raises UsageError naming the file if the checkpoint has none."""
         if part not in self.configs:
-            raise UsageError(f"{self.where}/{part}/config.json: missing; the folder is not a complete diffusers model")
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            raise UsageError(f"{self.where}/{part}/{name}: missing; the folder is not a complete diffusers model")
         return self.configs[part]
 
     @cached_property
@@ -255,7 +256,7 @@ class Family(ABC):
             tokens: N of the image, on which a dynamic shift depends.
         """
         own = type(scheduler).from_config(scheduler.config)
-        given: dict[str, Any] = {"mu": self.mu(own, steps, tokens)} if own.config.use_dynamic_shifting else {}
+        given: dict[str, Any] = {"mu": self.mu(own, steps, tokens)} if own.config.get("use_dynamic_shifting") else {}
         sigmas = self.start_levels(steps)
         own.set_timesteps(**({"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}), **given)
         levels: Tensor = own.sigmas
