@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flux2pixel.asymflow.guidance import guide
 from flux2pixel.asymflow.method import AsymFlow, per_token
+from flux2pixel.asymflow.readout import Refine
 
 # network(inputs, time): v (B, N, C) of calibrated tokens (B, N, C) at network time (B,).
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +48,8 @@ class Denoiser:
         orthogonal: guide on x0_hat instead, without the component parallel to it (method: AsymFlow section 6;
             Sadat et al., 2410.02416).
         clamp: applied to every x0_hat, such as to the gamut.
+        readout: what a closed-form readout makes of a recovered x0_hat, ``readout(x0_hat, x, sigma, final)``; see
+            :meth:`flux2pixel.asymflow.readout.Readout.bind`.
     """
 
     branches: Branches
@@ -55,6 +58,7 @@ class Denoiser:
     mix: Mix = plain
     orthogonal: bool = False
     clamp: Callable[[Tensor], Tensor] | None = None
+    readout: Refine | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, final: bool = False) -> Tensor:
         """x0_hat (B, N, C) at noise level ``sigma``; ``final``: no evaluation follows in this sampling."""
@@ -71,6 +75,8 @@ class Denoiser:
             x0 = guide(clean, other, self.guidance, orthogonal=True)
         else:
             x0 = self._recover(self.mix(v, away, self.guidance), x, sigma)
+        if self.readout is not None:
+            x0 = self.readout(x0, x, sigma, final)
         return x0 if self.clamp is None else self.clamp(x0)
 
     def _recover(self, v: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
