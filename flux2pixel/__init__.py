@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from flux2pixel.asymflow.method import AsymFlow as AsymFlow
     from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline as AsymFlowPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AsymFlow", "AsymFlowPipeline", "__version__"]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flux2pixel.asymflow import color
+from flux2pixel.asymflow.color import decode, encode
 from flux2pixel.asymflow.tokens import patchify, unpatchify
 
 
@@ -22,7 +22,7 @@ class Codec:
 
     def encode(self, rgb: Tensor) -> Tensor:
         """sRGB (B, 3, H, W) -> x (B, N, D). Raises ValueError if p does not divide the sides."""
-        x = patchify(color.encode(rgb), self.patch)
+        x = patchify(encode(rgb), self.patch)
         return x if self.offset is None else x - self.offset.to(x)
 
     def image(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -31,7 +31,7 @@ class Codec:
 
     def decode(self, x: Tensor, height: int, width: int) -> Tensor:
         """x (B, N, D) -> sRGB (B, 3, height, width) in [0, 1]."""
-        return color.decode(self.image(x, height, width))
+        return decode(self.image(x, height, width))
 
     def clamp(self, x: Tensor, height: int, width: int) -> Tensor:
         """x with its colours moved into the sRGB gamut: decode, clamp, encode."""

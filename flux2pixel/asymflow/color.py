@@ -60,7 +60,7 @@ def linear_to_srgb(linear: Tensor) -> Tensor:
 
 
 def encode(rgb: Tensor) -> Tensor:
-    """sRGB in [0, 1], (..., 3, H, W) -> normalised Oklab of the same shape; float32 or better, whatever the autocast."""
+    """sRGB in [0, 1], (..., 3, H, W) -> normalised Oklab, same shape; float32 or better, whatever the autocast."""
     with torch.autocast(rgb.device.type, enabled=False):
         lms = _mix(_RGB_TO_LMS, srgb_to_linear(_exact(rgb)))
         lab = _mix(_LMS_TO_LAB, lms.clamp(min=0) ** (1 / 3))

@@ -42,6 +42,21 @@ def generate_command(
         job = resolve(recipe, run, assignments, base=base, sample__steps=steps, seed=seed)
         latest = next((name for name in (FINETUNED, CONVERTED) if (job.run / name).is_dir()), FINETUNED)
         if job.start([model or job.run / latest], [out] if out else [], dry_run):
-            from flux2pixel.models.model import generate
+            from flux2pixel.models.folder import is_pixel_folder
+            from flux2pixel.models.model import open_model
+            from flux2pixel.runtime import device, files
+            from flux2pixel.runtime.progress import log
 
-            generate(job.recipe, job.run, prompt, model, out, (height, width))
+            name: Path | str = model or job.run / latest
+            pixel = is_pixel_folder(Path(name))
+            opened = open_model(
+                name,
+                job.recipe.sample,
+                subspace=None if pixel else job.run / "subspace.safetensors",
+                device=device.choose(),
+            )
+            size = (height or opened.size[0], width or opened.size[1])
+            image = opened.generate(prompt, seed=job.recipe.seed, size=size)[0]
+            target = out or job.run / "generated.png"
+            files.write(target, lambda temporary: image.save(temporary, format="png"))
+            log(f"wrote {target}")

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flux2pixel.asymflow import schedule
+from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.solvers import euler
+from flux2pixel.asymflow.solvers import sample
 from flux2pixel.families.base import Order, Projections
 from flux2pixel.runtime.errors import UsageError
 
@@ -122,19 +123,17 @@ def _exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, s
     basis, scale = flow.basis.to(noise.dtype), flow.scale.to(noise.dtype)
     taus = schedule.grid(steps, dtype=noise.dtype)
     sigmas = flow.sigma_of(taus)
-    z, x = noise @ basis, noise
     off_plane = noise - (noise @ basis) @ basis.mT
-    worst = 0.0
-    for i in range(steps):
+    z, worst = noise @ basis, 0.0
+
+    def check(i: int, x: Tensor) -> Tensor:
+        nonlocal z, worst
         z = z + (taus[i + 1] - taus[i]) * latent(z, taus[i].expand(len(z)))
-
-        def predict(tokens: Tensor, sigma: Tensor) -> Tensor:
-            k, tau = flow.calibrate(sigma.expand(len(tokens)))
-            return flow.predict_x0(pixel(k.view(-1, 1, 1) * tokens, tau), tokens, sigma.expand(len(tokens)))
-
-        x = euler(predict, x, sigmas[i : i + 2])
         k_next = 1 / (scale * (1 - sigmas[i + 1]) + sigmas[i + 1])
         inside = (x @ basis - z / k_next).abs().max()
         outside = (x - (x @ basis) @ basis.mT - sigmas[i + 1] * off_plane).abs().max()
         worst = max(worst, inside.item(), outside.item())
+        return x
+
+    sample(Denoiser(lambda inputs, time: (pixel(inputs, time), None), flow), noise, sigmas, on_step=check)
     return worst

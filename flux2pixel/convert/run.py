@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from flux2pixel import __version__
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.extras import Extras
 from flux2pixel.convert.fitting import fit_without_images
 from flux2pixel.convert.plan import Plan, class_shapes, index_of, linkable
 from flux2pixel.convert.prepare import prepare
 from flux2pixel.convert.verify import Proof, check_written, prove
-from flux2pixel.families import open_base
 from flux2pixel.families.base import Base
-from flux2pixel.models import folder as folders
-from flux2pixel.recipe import Recipe, Sample, dumps
+from flux2pixel.models.base import open_base
+from flux2pixel.models.folder import PixelFolder, digest_in_name, finish, write_folder
+from flux2pixel.models.sampler import Sampler, of_conversion
+from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import bar, log
@@ -31,7 +33,7 @@ from flux2pixel.weights.subspace import read_subspace
 from flux2pixel.weights.write import link_or_copy, write_file
 
 # The published sampler of the released pixel model.
-PUBLISHED = Sample(steps=38, guidance=4.0, solver="unipc", orthogonal=True, gamut_clamp=True)
+PUBLISHED = Sampler(steps=38, guidance=4.0, shift=17.0, solver="unipc", orthogonal=True, gamut_clamp=True)
 
 
 def convert(
@@ -73,14 +75,15 @@ def convert(
         else:
             log("exactness: not tested: an adapter's projections are trained, not folded")
         copy_companions(job.plan, folder)
-        folders.write_asymflow(folder, flow, base, recipe)
+        sampler = of_conversion(base, float(flow.scale)) if job.exact else PUBLISHED
+        codec = Codec(base.patch_size)
+        model = PixelFolder(recipe.base, base.family, base.color_space, flow, codec, sampler, {})
+        write_folder(folder, model, recipe)
         record = made_with | {
             "exactness": proof.as_dict() if proof else None,
             "changed": {output.name: output.action for output in job.plan.changed},
         }
-        folders.finish(folder, base, flow, recipe, digests, record)
-        if not job.exact:
-            folders.tune_pipeline(folder, PUBLISHED, shift=17.0, shift_side=1024)
+        finish(folder, base, model, recipe, record | {"transformer_sha256": digests})
     log(f"wrote {destination}")
     return destination
 
@@ -108,7 +111,7 @@ def write_transformer(plan: Plan, folder: Path, config: dict[str, Any], base: Ba
         for shard in plan.shards:
             target = folder / shard.name
             if plan.link and shard.twin and link_or_copy(shard.twin, target):
-                digests[shard.name] = folders.digest_in_name(shard.twin.resolve())
+                digests[shard.name] = digest_in_name(shard.twin.resolve())
                 progress.advance(shard.size, note="linked")
             else:
                 target.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from flux2pixel import families as bases
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
-from flux2pixel.models.folder import equals_its_base
+from flux2pixel.models.folder import equals_its_base, is_pixel_folder
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -112,14 +112,18 @@ class FlowDrawer:
     """A pixel model, or the latent base of the run, from seeded pixel noise; every distinct prompt is encoded once."""
 
     def __init__(self, folder: Path, recipe: Recipe, run: Path, texts: Texts, encoder: str, lora: Path | None):
-        from flux2pixel.models.model import PixelModel, open_model
+        from flux2pixel.models.model import open_model
 
-        self._model = open_model(folder, recipe, run, device.choose())
+        self._model = open_model(
+            folder,
+            recipe.sample if is_pixel_folder(folder) else None,
+            subspace=run / "subspace.safetensors",
+            device=device.choose(),
+        )
         self._texts, self._encoder = texts, encoder
-        pixel = isinstance(self._model, PixelModel)
-        self._patch = self._model.patch if isinstance(self._model, PixelModel) else self._model.base.patch_size
+        self._patch = self._model.codec.patch
         if lora is not None:
-            _load_lora(self._model.transformer if pixel else self._model.base.transformer, lora)  # type: ignore[union-attr]
+            _load_lora(self._model.transformer, lora)
 
     def draw(self, prompts: Sequence[str], keys: Sequence[Key], size: Size) -> np.ndarray:
         from flux2pixel.models.model import seeded_noise, to_bytes

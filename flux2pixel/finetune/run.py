@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flux2pixel import families as bases
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
@@ -33,6 +34,7 @@ from flux2pixel.finetune.step.objective import LatentReference, Objective, Share
 from flux2pixel.finetune.step.perceptual import load_lpips
 from flux2pixel.finetune.step.trainer import Stepped, Trainer
 from flux2pixel.finetune.validation import Held, Validation, hold_out
+from flux2pixel.models.folder import read_folder
 from flux2pixel.models.model import PixelModel
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files, launch
@@ -238,7 +240,12 @@ class Watch:
         step, self.unit = trainer.state.step, _unit(recipe, trainer.team)
         self.log = Log(run, self.settings.trackers, step, as_dict(recipe)) if self.team.leads else None
         self.validation = Validation(cache, held, trainer.objective, recipe, self.team, self.unit)
-        model = PixelModel(source.base, None, trainer.objective.flow, source.patch, recipe.sample)
+        model = PixelModel(
+            source.base,
+            read_folder(source.folder).sampler.changed({"gamut_clamp": True}).changed(recipe.sample),
+            Codec(source.patch),
+            flow=trainer.objective.flow,
+        )
         self.samples = samples.Samples(run / "samples", model, cache.buckets[0], recipe.seed, self.team.device)
         if self.team.leads:
             self.samples.forget_after(step if step else -1)

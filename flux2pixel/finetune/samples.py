@@ -31,18 +31,18 @@ class Samples:
         self.folder, self.model, self.size = folder, model, size
         self.conditioning: Conditioning = {name: value.to(device) for name, value in tensors.items()}
         count = len(next(iter(tensors.values()))) - 1
-        tokens = (size[0] // model.patch) * (size[1] // model.patch)
-        self.noise = seeded_noise([(seed, i) for i in range(count)], tokens, 3 * model.patch**2).to(device)
+        tokens = (size[0] // model.codec.patch) * (size[1] // model.codec.patch)
+        self.noise = seeded_noise([(seed, i) for i in range(count)], tokens, 3 * model.codec.patch**2).to(device)
 
     @torch.no_grad()
     def __call__(self, network: Any) -> np.ndarray:
         """Images (prompts, H, W, 3) uint8, one prompt at a time. Every process must call it."""
         training = network.training
         network.eval()
-        self.model.transformer = network
+        model = self.model.with_network(network)
         empty = take(self.conditioning, slice(-1, None))
         images = [
-            to_bytes(self.model(take(self.conditioning, slice(i, i + 1)), empty, noise[None], self.size).cpu())
+            to_bytes(model(take(self.conditioning, slice(i, i + 1)), empty, noise[None], self.size).cpu())
             for i, noise in enumerate(self.noise)
         ]
         network.train(training)

@@ -1,169 +1,281 @@
-"""Models that turn prompts into images: the latent base and the pixel model, behind one call.
+"""Models that turn prompts into images, the latent base and the pixel model, behind one call.
 
-Both start from the same pixel noise: the latent model takes its projection A^T eps, and the grids are matched, so that
-what differs between two columns of a report is the model alone.
+Both start from the same pixel noise: the latent model takes its projection A^T eps, so that what differs between two
+columns of a report is the model alone, and its schedule.
+
+    B  images    N  tokens    D  pixel token width    sizes are (height, width) in pixels
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from flux2pixel import families as bases
-from flux2pixel.asymflow import color, schedule, tokens
-from flux2pixel.asymflow import solvers as sampler
+from flux2pixel.asymflow.codec import Codec
+from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families.base import Base, Conditioning
-from flux2pixel.models.folder import equals_its_base
-from flux2pixel.recipe import Recipe, Sample
-from flux2pixel.runtime import device, files
-from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import log
+from flux2pixel.asymflow.schedule import noise_levels
+from flux2pixel.asymflow.solvers import SOLVERS, OnStep, sample
+from flux2pixel.families.base import Conditioning, Reference
+from flux2pixel.models.base import Base, open_base
+from flux2pixel.models.folder import is_pixel_folder, read_folder
+from flux2pixel.models.sampler import Sampler, check_guidance, published
+from flux2pixel.recipe import Sample
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.weights.subspace import read_subspace
 
-CPU = torch.device("cpu")
-
-
-class Model(Protocol):
-    """What generates: conditionings x 2 and pixel noise (B, N, D) -> sRGB images (B, 3, H, W) in [0, 1].
-
-    The inputs may lie on any device; the images are on the model's.
-    """
-
-    folder: Path
-
-    def text(self, prompts: list[str]) -> Conditioning: ...
-
-    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor: ...
+Size = tuple[int, int]
+NOISE = 911  # stream of the seeded noise, apart from any other use of a seed
 
 
-def _branches(
-    base: Base,
-    network: Any,
-    time: Tensor,
-    inputs: Tensor,
-    text: Conditioning,
-    empty: Conditioning,
-    scale: float,
-    grid: tuple[int, int],
-) -> tuple[Tensor, Tensor | None]:
-    """The branches of guidance, autocast to bf16; float32 (conditional, unconditional or None)."""
-    with torch.autocast(inputs.device.type, torch.bfloat16):
-        times = time.expand(len(inputs))
-        conditional, unconditional = base.branches(network, inputs, times, text, empty, scale, grid)
-    return conditional.float(), None if unconditional is None else unconditional.float()
+@dataclass(frozen=True)
+class Model(ABC):
+    """What draws: conditionings and pixel noise (B, N, D) in, sRGB images (B, 3, H, W) in [0, 1] out.
 
-
-def _placed(
-    place: torch.device, text: Conditioning, empty: Conditioning, noise: Tensor
-) -> tuple[Conditioning, Conditioning, Tensor]:
-    """What a model is called with, on its device."""
-    text, empty = ({name: value.to(place) for name, value in cond.items()} for cond in (text, empty))
-    return text, empty, noise.to(place)
-
-
-@dataclass
-class LatentModel:
-    """The base, sampled with plain guidance by Euler, or any solver, on its own time grid."""
-
-    base: Base
-    flow: AsymFlow
-    settings: Sample
-
-    @property
-    def folder(self) -> Path:
-        return self.base.folder
-
-    def text(self, prompts: list[str]) -> Conditioning:
-        return self.base.text(prompts)
-
-    @torch.no_grad()
-    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
-        grid = (size[0] // self.base.patch_size, size[1] // self.base.patch_size)
-        text, empty, noise = _placed(self.base.device, text, empty, noise)
-
-        def predict(z: Tensor, tau: Tensor) -> Tensor:
-            scale = self.settings.guidance
-            v, away = _branches(self.base, self.base.transformer, tau, z, text, empty, scale, grid)
-            return z - tau * (v if away is None else self.base.guide(v, away, scale))
-
-        taus = schedule.grid(self.settings.steps, self.settings.shift).to(noise.device)
-        z = sampler.sample(predict, noise @ self.flow.basis, taus, solver=self.settings.solver)
-        return self.base.decode(z, *size).clamp(0, 1)
-
-
-@dataclass
-class PixelModel:
-    """A converted or finetuned folder, sampled on the pixel grid matched to the base's.
-
-    ``matched`` turns off what the latent base has no counterpart of (orthogonal guidance, gamut clamp), for the
-    comparison in which the converted model must equal the base.
+    The inputs may lie on any device; the images are on the network's.
     """
 
     base: Base
-    transformer: Any
-    flow: AsymFlow
-    patch: int
-    settings: Sample
-    matched: bool = False
+    sampler: Sampler
+    codec: Codec
+    network: Any = field(default=None, repr=False)
+
+    def with_network(self, network: Any) -> Model:
+        """The same model drawing with another network of its class, such as one in training, on that one's device."""
+        return replace(self, network=network)
 
     @property
-    def folder(self) -> Path:
-        return self.base.folder
+    def transformer(self) -> Any:
+        """The network that draws; loaded when first asked for."""
+        return self.base.transformer if self.network is None else self.network
 
-    def text(self, prompts: list[str]) -> Conditioning:
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of an image whose size nobody named."""
+        return self.sampler.height, self.sampler.width
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        """Embed prompts as the base's own pipeline does."""
         return self.base.text(prompts)
 
-    @torch.no_grad()
-    def __call__(self, text: Conditioning, empty: Conditioning, noise: Tensor, size: tuple[int, int]) -> Tensor:
-        grid = (size[0] // self.patch, size[1] // self.patch)
-        text, empty, noise = _placed(self.base.device, text, empty, noise)
-        orthogonal = self.settings.orthogonal and not self.matched
-        scale = self.settings.guidance
+    def check_size(self, size: Size) -> None:
+        """Raise UsageError if an image of this size is not a whole number of tokens."""
+        patch = self.codec.patch
+        if size[0] % patch or size[1] % patch or min(size) < patch:
+            raise UsageError(f"size {size[0]}x{size[1]} (height x width): must be multiples of {patch}, a token's side")
 
-        def predict(x: Tensor, sigma: Tensor) -> Tensor:
-            k, tau = self.flow.calibrate(sigma)
-            v, away = _branches(self.base, self.transformer, tau, k * x, text, empty, scale, grid)
-            if away is None or not orthogonal:
-                return self.flow.predict_x0(v if away is None else self.base.guide(v, away, scale), x, sigma)
-            x0, x0_away = (self.flow.predict_x0(branch, x, sigma) for branch in (v, away))
-            return sampler.guide(x0, x0_away, scale, orthogonal=True)
+    def noise(self, keys: Sequence[tuple[int, int]], size: Size) -> Tensor:
+        """Pixel noise (len(keys), N, D) that depends on each (seed, index) key alone."""
+        self.check_size(size)
+        patch = self.codec.patch
+        return seeded_noise(keys, (size[0] // patch) * (size[1] // patch), 3 * patch**2)
 
-        def clamp(x0: Tensor) -> Tensor:
-            return tokens.patchify(color.clamp_to_gamut(tokens.unpatchify(x0, self.patch, *size)), self.patch)
+    def __call__(
+        self,
+        text: Conditioning,
+        empty: Conditioning,
+        noise: Tensor,
+        size: Size,
+        references: Sequence[Tensor] = (),
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw: ``empty`` is what guidance leads away from; ``references`` are sRGB pictures (B, 3, H', W') to edit."""
+        self.check_size(size)
+        device = self.device
+        text, empty = ({name: value.to(device) for name, value in cond.items()} for cond in (text, empty))
+        with torch.no_grad():
+            known = [self._reference(picture.to(device)) for picture in references]
+            denoiser = self._denoiser(text, empty, size, known)
+            levels = self.levels(size).to(device)
+            drawn = sample(denoiser, self._start(noise.to(device)), levels, SOLVERS[self.sampler.solver], on_step)
+            images = self._decode(drawn, size)
+        if not bool(torch.isfinite(images).all()):
+            raise Flux2PixelError(f"{self.base.folder}: drew values that are NaN or infinite; its weights are damaged")
+        return images
 
-        sigmas = self.flow.sigma_of(schedule.grid(self.settings.steps, self.settings.shift).to(noise.device))
-        use_clamp = self.settings.gamut_clamp and not self.matched
-        x = sampler.sample(predict, noise, sigmas, solver=self.settings.solver, clamp=clamp if use_clamp else None)
-        return color.decode(tokens.unpatchify(x, self.patch, *size))
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        count: int = 1,
+        size: Size | None = None,
+        negative: str = "",
+        references: Sequence[Image.Image] = (),
+        batch: int = 4,
+        on_image: Callable[[int], object] | None = None,
+    ) -> list[Image.Image]:
+        """Draw ``count`` images of each prompt; image i is that of ``seed`` and i, whatever the batch.
+
+        The prompts are embedded first and the text encoder is let go before the network is loaded. ``on_image`` is told
+        of every batch how many images it had.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        size = size or self.size
+        self.check_size(size)
+        rows = [prompt for prompt in prompts for _ in range(count)]
+        table = self.text([*rows, negative])
+        self.base.free_text()
+        pictures = [_picture(image, self.codec.patch) for image in references]
+        images: list[Image.Image] = []
+        for first in range(0, len(rows), batch):
+            chosen = range(first, min(first + batch, len(rows)))
+            text = {name: value[list(chosen)] for name, value in table.items()}
+            empty = {name: value[[-1] * len(chosen)] for name, value in table.items()}
+            noise = self.noise([(seed, index) for index in chosen], size)
+            shown = [picture.expand(len(chosen), -1, -1, -1) for picture in pictures]
+            images += [Image.fromarray(array) for array in to_bytes(self(text, empty, noise, size, shown))]
+            if on_image is not None:
+                on_image(len(chosen))
+        return images
+
+    @abstractmethod
+    def levels(self, size: Size) -> Tensor:
+        """The noise levels of the network's own tokens that an image of ``size`` is drawn on, (steps + 1,)."""
+
+    @abstractmethod
+    def _denoiser(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Denoiser:
+        """The denoiser of one drawing."""
+
+    @abstractmethod
+    def _start(self, noise: Tensor) -> Tensor:
+        """Where sampling starts, from pixel noise."""
+
+    @abstractmethod
+    def _decode(self, tokens: Tensor, size: Size) -> Tensor:
+        """Clean tokens to sRGB."""
+
+    @abstractmethod
+    def _reference(self, picture: Tensor) -> Reference:
+        """A picture to edit, sRGB (B, 3, H', W'), as the network takes it."""
+
+    def _branches(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Any:
+        """The network with its conditionings, autocast to bf16; v in float32."""
+        network, patch, scale = self.transformer, self.codec.patch, self.sampler.guidance
+        grid = (size[0] // patch, size[1] // patch)
+
+        def branches(inputs: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+            with torch.autocast(inputs.device.type, torch.bfloat16):
+                v, away = self.base.branches(network, inputs, time, text, empty, scale, grid, known)
+            return v.float(), None if away is None else away.float()
+
+        return branches
 
 
-def load_pixel_model(folder: Path, settings: Sample, *, matched: bool = False, place: torch.device = CPU) -> PixelModel:
-    """Load a converted or finetuned folder on a device; UsageError or Flux2PixelError naming what is wrong with it."""
-    if not (folder / "asymflow.json").is_file():
-        raise UsageError(f"--model {folder}: no asymflow.json in it; run convert, or name a converted folder")
-    use = json.loads((folder / "asymflow.json").read_text())
-    stored, _ = files.read_tensors(folder / "asymflow.safetensors")
-    flow = AsymFlow(stored["basis"], stored["scale"], sigma_min=use["sigma_min"])
-    base = bases.open_base(folder)
-    base.device = place
-    _note_guidance(base, settings)
-    return PixelModel(base, base.transformer, flow.to(place), use["patch_size"], settings, matched)
+@dataclass(frozen=True)
+class PixelModel(Model):
+    """A converted, read-out or finetuned folder."""
+
+    flow: AsymFlow = field(kw_only=True)
+
+    def levels(self, size: Size) -> Tensor:
+        """Pixel noise levels, (steps + 1,)."""
+        assert self.sampler.shift is not None
+        return noise_levels(self.sampler.steps, self.sampler.shift, *size)
+
+    def _denoiser(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Denoiser:
+        return Denoiser(
+            self._branches(text, empty, size, known),
+            self.flow.to(self.device),
+            self.sampler.guidance,
+            self.base.guide,
+            self.sampler.orthogonal,
+            (lambda x0: self.codec.clamp(x0, *size)) if self.sampler.gamut_clamp else None,
+        )
+
+    def _start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def _decode(self, tokens: Tensor, size: Size) -> Tensor:
+        return self.codec.decode(tokens, *size)
+
+    def _reference(self, picture: Tensor) -> Reference:
+        height, width = picture.shape[-2:]
+        x = self.codec.encode(picture) / self.flow.scale.to(picture)
+        return x, (height // self.codec.patch, width // self.codec.patch)
 
 
-def _note_guidance(base: Base, settings: Sample) -> None:
-    if base.guidance == "none" and settings.guidance != 1:
-        log(f"note: {base.folder} is distilled and takes no guidance; sample.guidance {settings.guidance:g} is ignored")
+@dataclass(frozen=True)
+class LatentModel(Model):
+    """The latent base, drawn as its own pipeline draws it, or on the grid of a pixel model (``sampler.shift``).
+
+    With ``flow`` it starts from the projection of the pixel noise by the basis; without, from noise of its own.
+    """
+
+    flow: AsymFlow | None = field(default=None, kw_only=True)
+
+    def levels(self, size: Size) -> Tensor:
+        """Latent noise levels tau, (steps + 1,)."""
+        steps, shift, patch = self.sampler.steps, self.sampler.shift, self.codec.patch
+        if shift is None:
+            return self.base.levels(steps, (size[0] // patch) * (size[1] // patch))
+        if self.flow is None:
+            raise UsageError("sample.shift: is of pixel noise levels, and a latent base has none without a subspace")
+        return noise_levels(steps, shift / float(self.flow.scale), *size)
+
+    def _denoiser(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Denoiser:
+        return Denoiser(self._branches(text, empty, size, known), None, self.sampler.guidance, self.base.guide)
+
+    def _start(self, noise: Tensor) -> Tensor:
+        if self.flow is None:
+            return noise[..., : self.base.latent_width]
+        return noise @ self.flow.basis.to(noise)
+
+    def _decode(self, tokens: Tensor, size: Size) -> Tensor:
+        return self.base.decode(tokens, *size).clamp(0, 1)
+
+    def _reference(self, picture: Tensor) -> Reference:
+        height, width = picture.shape[-2:]
+        return self.base.encode(picture), (height // self.codec.patch, width // self.codec.patch)
 
 
-def seeded_noise(keys: list[tuple[int, int]], count: int, width: int) -> Tensor:
-    """Noise (len(keys), count, width) that depends on each (prompt, sample) key alone, not on the batch."""
-    drawn = [np.random.default_rng([911, *key]).standard_normal((count, width), dtype=np.float32) for key in keys]
+def open_model(
+    name: str | Path,
+    sample: Sample | None = None,
+    *,
+    subspace: Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PixelModel | LatentModel:
+    """Open a converted, read-out or finetuned folder, or a latent base by alias, folder or Hub id, without its weights.
+
+    Args:
+        sample: what the user wrote of the sampling; it wins over the folder's settings and the base's.
+        subspace: for a latent base, the file by whose basis it takes the pixel models' noise.
+        device, dtype: of the parts, when they are loaded; the CPU, and the base's default there, if not given.
+
+    Raises UsageError or Flux2PixelError naming what is wrong with the folder, or a setting that it cannot honour.
+    """
+    written = sample or Sample()
+    base = open_base(name, dtype=dtype, device=torch.device(device or "cpu"))
+    if is_pixel_folder(base.folder):
+        stored = read_folder(base.folder)
+        sampler = check_guidance(base, stored.sampler.changed(written), written)
+        return PixelModel(base, sampler, stored.codec, flow=stored.flow)
+    for key in ("orthogonal", "gamut_clamp"):
+        if sample is not None and getattr(sample, key):
+            raise UsageError(f"sample.{key}: a latent base has no counterpart of it; leave it out")
+    flow = read_subspace(subspace)[0] if subspace is not None else None
+    sampler = check_guidance(base, published(base).changed(written), written)
+    return LatentModel(base, sampler, Codec(base.patch_size), flow=flow)
+
+
+def seeded_noise(keys: Sequence[tuple[int, int]], count: int, width: int) -> Tensor:
+    """Noise (len(keys), count, width) that depends on each (seed, index) key alone, not on the batch."""
+    drawn = [np.random.default_rng([NOISE, *key]).standard_normal((count, width), dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(drawn))
 
 
@@ -172,55 +284,10 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def generate(
-    recipe: Recipe,
-    run: Path,
-    prompt: str,
-    model: Path | None = None,
-    out: Path | None = None,
-    size: tuple[int | None, int | None] = (None, None),
-) -> Path:
-    """Make one image of ``prompt`` with the newest model of the run (finetuned, else converted, else the base).
-
-    ``size`` is (height, width), pixels; 1024 a side, 32 for the miniature, where None. Raises UsageError if it is not
-    a whole number of tokens.
-    """
-    from PIL import Image
-
-    torch.set_num_threads(recipe.threads)
-    if model is None:
-        found = [run / name for name in ("finetuned", "converted") if (run / name / "asymflow.json").is_file()]
-        model = found[0] if found else bases.resolve(recipe.base)
-    place = device.choose()
-    log(f"generate: model {model} on {device.describe(place)}")
-    side = 32 if recipe.base == "klein-tiny" else 1024
-    system = open_model(model, recipe, run, place)
-    patch = system.patch if isinstance(system, PixelModel) else system.base.patch_size
-    height, width = (length or side for length in size)
-    if height % patch or width % patch:
-        raise UsageError(f"--height {height} --width {width}: must be multiples of {patch}, the side of a token")
-    text, empty = system.text([prompt]), system.text([""])
-    noise = seeded_noise([(recipe.seed, 0)], (height // patch) * (width // patch), 3 * patch * patch)
-    image = to_bytes(system(text, empty, noise, (height, width)))[0]
-    path = out or run / "generated.png"
-    files.write(path, lambda temporary: Image.fromarray(image).save(temporary, format="png"))
-    log(f"wrote {path}")
-    return path
-
-
-def open_model(folder: Path, recipe: Recipe, run: Path, place: torch.device = CPU) -> LatentModel | PixelModel:
-    """Open a converted or finetuned folder, or a latent base (whose noise is projected by the run's basis).
-
-    ``place`` is the device that its parts are loaded to, each when first used.
-    """
-    if (folder / "asymflow.json").is_file():
-        return load_pixel_model(folder, recipe.sample, matched=equals_its_base(folder), place=place)
-    from flux2pixel.weights.subspace import read_subspace
-
-    base = bases.open_base(folder)
-    base.device = place
-    subspace = run / "subspace.safetensors"
-    if not subspace.is_file():
-        raise UsageError(f"{subspace}: missing; the base starts from noise projected by it, so run fit-subspace first")
-    _note_guidance(base, recipe.sample)
-    return LatentModel(base, read_subspace(subspace)[0].to(place), recipe.sample)
+def _picture(image: Image.Image, patch: int) -> Tensor:
+    """A picture to edit as sRGB (1, 3, H, W) in [0, 1], cut to whole tokens from its top left."""
+    array = np.asarray(image.convert("RGB"))
+    height, width = (length // patch * patch for length in array.shape[:2])
+    if not height or not width:
+        raise UsageError(f"reference of {array.shape[0]}x{array.shape[1]}: smaller than one token of {patch} pixels")
+    return torch.from_numpy(array[:height, :width].copy()).permute(2, 0, 1)[None].float() / 255

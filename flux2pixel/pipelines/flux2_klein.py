@@ -1,7 +1,7 @@
-"""The diffusers pipeline of a pixel model made from FLUX.2 klein; a copy of this file travels in every such model.
+"""The diffusers pipeline of a pixel model made from FLUX.2 klein; a copy of it travels in every such model.
 
-``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` runs the copy, so this file imports nothing of
-flux2pixel but the few modules that are copied beside it (method: AsymFlow, arXiv 2605.12964).
+``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` runs the copy, into which :func:`bundle` puts the
+source of the method's modules, so the denoiser and the sampling loop are the package's own (AsymFlow, 2605.12964).
 
     B  images    N  tokens    D  pixel token width (3 p p)    h, w  token grid (height / p, width / p)
 """
@@ -9,6 +9,7 @@ flux2pixel but the few modules that are copied beside it (method: AsymFlow, arXi
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +25,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
-from flux2pixel.asymflow.color import clamp_to_gamut, decode, encode
+from flux2pixel.asymflow.codec import Codec
+from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.asymflow.schedule import grid
-from flux2pixel.asymflow.solvers import guide
-from flux2pixel.asymflow.tokens import patchify, unpatchify
+from flux2pixel.asymflow.schedule import noise_levels
+from flux2pixel.asymflow.solvers import sample, scheduled
+from flux2pixel.asymflow.tokens import patchify
 
-CARRIED = ("color", "method", "schedule", "solvers", "tokens")  # modules of flux2pixel.asymflow that travel along
 REFERENCE_AREA = 1024 * 1024  # pixels; larger pictures to edit are reduced to it, as klein does
-SIDE = 1024  # pixels along the side of an image whose size nobody named
 
 
 class AsymFlowPipeline(Flux2KleinPipeline):
@@ -48,12 +48,11 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         patch_size: p, pixels along the side of a token.
         sigma_min: floor of the noise level when a velocity is asked for.
         is_distilled: guidance is off, as in the base.
-        steps, guidance: what a call that names none takes.
-        shift: of the noise levels, a t / (1 + (a - 1) t); 0 = as the latent base, whose shift depends on the number of
-            tokens and steps.
-        shift_side: pixels; if not 0, ``shift`` is meant for this side and scales with sqrt(height width) / side.
+        steps, guidance, height, width: what a call that names none takes.
+        shift: a factor of the noise levels at 1024 x 1024, which grows with the square root of the image's area.
         orthogonal: whether the component of guidance parallel to x0_hat is removed.
         gamut_clamp: whether every x0_hat is clamped to colours a screen can show.
+        offset: of the pixel space, (D,), as base64; none if empty.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -72,11 +71,16 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         is_distilled: bool = False,
         steps: int = 50,
         guidance: float = 4.0,
-        shift: float = 0.0,
-        shift_side: int = 0,
+        shift: float = 17.0,
         orthogonal: bool = False,
         gamut_clamp: bool = False,
+        height: int = 1024,
+        width: int = 1024,
+        offset: str = "",
+        shift_side: int | None = None,
     ):
+        if shift_side is not None:
+            raise ValueError("shift_side: of flux2pixel 0.1; load its folder with trust_remote_code, or convert again")
         super(Flux2KleinPipeline, self).__init__()
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
@@ -90,13 +94,16 @@ class AsymFlowPipeline(Flux2KleinPipeline):
             steps=steps,
             guidance=guidance,
             shift=shift,
-            shift_side=shift_side,
             orthogonal=orthogonal,
             gamut_clamp=gamut_clamp,
+            height=height,
+            width=width,
+            offset=offset,
         )
         if not basis:
             raise ValueError("basis: missing; load a folder that flux2pixel wrote, whose model_index.json has it")
         self.flow = AsymFlow(unpack_basis(basis, 3 * patch_size**2), scale, sigma_min=sigma_min)
+        self.codec = Codec(patch_size, unpack_basis(offset, 3 * patch_size**2).flatten() if offset else None)
         self.vae_scale_factor = patch_size // 2  # klein's methods take twice this for the side of a token
         self.image_processor = Flux2ImageProcessor(vae_scale_factor=patch_size)
 
@@ -113,12 +120,13 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         """As in diffusers; the folder gets a copy of this file, and loads anywhere."""
         super().save_pretrained(save_directory, *given, **named)
         index = Path(save_directory) / self.config_name
-        described = json.loads(index.read_text()) | {"_class_name": ["asymflow_pipeline", "AsymFlowPipeline"]}
+        name, source = _travelling()
+        described = {**json.loads(index.read_text()), "_class_name": [name, "AsymFlowPipeline"]}
         index.write_text(json.dumps(described, indent=2) + "\n")
-        copy_code(Path(save_directory))
+        (Path(save_directory) / f"{name}.py").write_text(source, encoding="utf-8")
 
     def __repr__(self) -> str:
-        shown = {key: value for key, value in self.config.items() if key != "basis"}
+        shown = {key: value for key, value in self.config.items() if key not in ("basis", "offset")}
         return f"{type(self).__name__} {json.dumps(shown, indent=2, default=str)}"
 
     @torch.no_grad()
@@ -179,78 +187,82 @@ class AsymFlowPipeline(Flux2KleinPipeline):
 
         pictures = self._prepare_pictures(image)
         patch = self.config.patch_size
-        height = _multiple(height or (pictures[0].shape[-2] if pictures else SIDE), patch)
-        width = _multiple(width or (pictures[0].shape[-1] if pictures else SIDE), patch)
-        shape = (height // patch, width // patch)
-        noise = self._prepare_noise(latents, (batch, 3, height, width), generator, device)
-        x = patchify(noise, patch)
-        ids = [self._prepare_latent_ids(x.mT.unflatten(2, shape)).to(device)]
+        height = _multiple(height or (pictures[0].shape[-2] if pictures else self.config.height), patch)
+        width = _multiple(width or (pictures[0].shape[-1] if pictures else self.config.width), patch)
+        noise = patchify(self._prepare_noise(latents, (batch, 3, height, width), generator, device), patch)
+        ids = [self._prepare_latent_ids(noise.mT.unflatten(2, (height // patch, width // patch))).to(device)]
         reference = None
         if pictures:
-            reference, places = self._prepare_references(pictures, batch, device)
-            ids.append(places)
-        image_ids = torch.cat(ids, dim=1)
+            reference, positions = self._prepare_references(pictures, batch, device)
+            ids.append(positions)
+        if sigmas is None:
+            levels = noise_levels(steps, self.config.shift, height, width).to(device)
+        else:
+            levels = torch.tensor([*sigmas, 0.0], dtype=torch.float32, device=device)
+        self._num_timesteps = len(levels) - 1
+        denoiser = Denoiser(
+            self._branches(branches, reference, torch.cat(ids, dim=1)),
+            self.flow,
+            self.guidance_scale,
+            orthogonal=self.config.orthogonal,
+            clamp=(lambda x0: self.codec.clamp(x0, height, width)) if self.config.gamut_clamp else None,
+        )
+        with self.progress_bar(total=self._num_timesteps) as progress:
 
-        self._set_levels(sigmas, steps, height, width, device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        self.scheduler.set_begin_index(0)
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for i, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = timestep
-                sigma = self.scheduler.sigmas[i].to(device).expand(batch)
-                x0 = self._clean(x, sigma, reference, branches, image_ids)
-                if self.config.gamut_clamp:
-                    x0 = patchify(clamp_to_gamut(unpatchify(x0, patch, height, width)), patch)
-                velocity = (x - x0) / sigma.view(-1, 1, 1).clamp(min=self.config.sigma_min)
-                x = self.scheduler.step(velocity, timestep, x, return_dict=False)[0]
+            def on_step(i: int, x: Tensor) -> Tensor:
+                self._current_timestep = self.scheduler.timesteps[i]
                 if callback_on_step_end is not None:
                     offered = {"latents": x, "prompt_embeds": branches[0][0]}
                     kept = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, timestep, kept)
+                    changed = callback_on_step_end(self, i, self._current_timestep, kept)
                     x = changed.pop("latents", x)
                     branches[0] = (changed.pop("prompt_embeds", branches[0][0]), branches[0][1])
                 progress.update()
+                return x
+
+            solver = self._interruptible(scheduled(self.scheduler, self.config.sigma_min))
+            x = sample(denoiser, noise, levels, solver, on_step)
         self._current_timestep = None
 
-        picture = unpatchify(x, patch, height, width)
-        if output_type != "latent":
-            picture = self.image_processor.postprocess(decode(picture) * 2 - 1, output_type=output_type)
+        if output_type == "latent":
+            picture = self.codec.image(x, height, width)
+        else:
+            rgb = self.codec.decode(x, height, width)
+            picture = self.image_processor.postprocess(rgb * 2 - 1, output_type=output_type)
         self.maybe_free_model_hooks()
         return Flux2PipelineOutput(images=picture) if return_dict else (picture,)
 
-    def _clean(
-        self, x: Tensor, sigma: Tensor, reference: Tensor | None, branches: list[tuple[Tensor, Tensor]], ids: Tensor
-    ) -> Tensor:
-        """x0_hat (B, N, D) of noisy tokens, guided if there is a second branch; float32 but for the network."""
-        k, tau = self.flow.calibrate(sigma)
-        tokens = k.view(-1, 1, 1) * x
-        if reference is not None:
-            tokens = torch.cat([tokens, reference], dim=1)
-        outputs = []
-        for name, (embeds, text_ids) in zip(("cond", "uncond"), branches, strict=False):
-            with self.transformer.cache_context(name):
-                v = self.transformer(
-                    hidden_states=tokens.to(self.transformer.dtype),
-                    timestep=tau.to(self.transformer.dtype),
-                    guidance=None,
-                    encoder_hidden_states=embeds.to(self.transformer.dtype),
-                    txt_ids=text_ids,
-                    img_ids=ids,
-                    joint_attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0]
-            outputs.append(v[:, : x.shape[1]].to(x.dtype))
-        if len(outputs) == 1:
-            return self.flow.predict_x0(outputs[0], x, sigma)
-        conditional, unconditional = outputs
-        if not self.config.orthogonal:
-            v = unconditional + self.guidance_scale * (conditional - unconditional)
-            return self.flow.predict_x0(v, x, sigma)
-        clean, other = (self.flow.predict_x0(v, x, sigma) for v in outputs)
-        return guide(clean, other, self.guidance_scale, orthogonal=True)
+    def _branches(self, texts: list[tuple[Tensor, Tensor]], reference: Tensor | None, ids: Tensor) -> Any:
+        """The transformer with its conditionings; ``texts`` may change between steps."""
+
+        def branches(inputs: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+            tokens = inputs if reference is None else torch.cat([inputs, reference], dim=1)
+            outputs = []
+            for name, (embeds, text_ids) in zip(("cond", "uncond"), texts, strict=False):
+                with self.transformer.cache_context(name):
+                    v = self.transformer(
+                        hidden_states=tokens.to(self.transformer.dtype),
+                        timestep=time,
+                        guidance=None,
+                        encoder_hidden_states=embeds.to(self.transformer.dtype),
+                        txt_ids=text_ids,
+                        img_ids=ids,
+                        joint_attention_kwargs=self.attention_kwargs,
+                        return_dict=False,
+                    )[0]
+                outputs.append(v[:, : inputs.shape[1]].to(inputs.dtype))
+            return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+        return branches
+
+    def _interruptible(self, solver: Any) -> Any:
+        """The solver, whose steps do nothing once a callback has interrupted the pipeline."""
+
+        def made(sigmas: Tensor) -> Any:
+            step = solver(sigmas)
+            return lambda denoise, x, i: x if self.interrupt else step(denoise, x, i)
+
+        return made
 
     def _prepare_pictures(self, image: list[PIL.Image.Image] | PIL.Image.Image | None) -> list[Tensor]:
         """Pictures to edit as sRGB in [0, 1], (1, 3, H, W), cropped to whole tokens."""
@@ -276,7 +288,8 @@ class AsymFlowPipeline(Flux2KleinPipeline):
 
     def _reference_tokens(self, picture: Tensor) -> Tensor:
         """What the network sees of a picture to edit: (1, 3, H, W) sRGB in [0, 1] -> x / s, (1, M, D)."""
-        return patchify(encode(picture), self.config.patch_size) / self.flow.scale.to(picture)
+        tokens = self.codec.encode(picture)
+        return tokens / self.flow.scale.to(tokens)
 
     def _prepare_noise(
         self, noise: Tensor | None, shape: tuple[int, ...], generator: Any, device: torch.device
@@ -289,34 +302,6 @@ class AsymFlowPipeline(Flux2KleinPipeline):
             raise ValueError(f"latents: shape {tuple(noise.shape)}, must be {shape}: noise of the image itself")
         return noise.to(device, torch.float32)
 
-    def _set_levels(self, sigmas: Any, steps: int, height: int, width: int, device: torch.device) -> None:
-        """Set the scheduler to the noise levels of this call. Raises ValueError if it changes them."""
-        if sigmas is None:
-            factor = self.config.shift
-            if not factor:
-                tokens = height * width // self.config.patch_size**2
-                factor = np.exp(klein_mu(tokens, steps)) * float(self.flow.scale)
-            if self.config.shift_side:
-                factor *= (height * width) ** 0.5 / self.config.shift_side
-            sigmas = grid(steps, float(factor), dtype=torch.float64)[:-1].tolist()
-        self.scheduler.set_timesteps(sigmas=np.array(sigmas), device=device)
-        kept = self.scheduler.sigmas[: len(sigmas)].double().cpu().numpy()
-        if len(kept) != len(sigmas) or np.abs(kept - sigmas).max() > 1e-4:
-            raise ValueError(
-                f"scheduler: {type(self.scheduler).__name__} changes the noise levels it is given; "
-                "set its shift to 1 and use_dynamic_shifting to False"
-            )
-
-
-def klein_mu(tokens: int, steps: int) -> float:
-    """The logarithm of FLUX.2's time shift: linear in tokens, interpolated in steps below 4300 tokens."""
-    many = 0.00016927 * tokens + 0.45666666  # as published for 200 steps
-    if tokens > 4300:
-        return many
-    few = 8.73809524e-05 * tokens + 1.89833333  # and for 10
-    slope = (many - few) / 190
-    return slope * steps + many - 200 * slope
-
 
 def pack_basis(basis: Tensor) -> str:
     """A matrix as base64 of its float32 values, little-endian, row by row."""
@@ -328,16 +313,13 @@ def unpack_basis(text: str, rows: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").reshape(rows, -1).copy())
 
 
-def copy_code(folder: Path) -> None:
-    """Write this file, and the modules it carries, into ``folder``: their own source, importing each other there."""
+def _travelling() -> tuple[str, str]:
+    """Name and source of the module that travels: this file, or what is bundled from it where flux2pixel is."""
     here = Path(__file__)
-    sources = {"asymflow_pipeline.py": here}
-    sources |= {f"asymflow/{name}.py": here.parents[1] / "asymflow" / f"{name}.py" for name in CARRIED}
-    for name, source in sources.items():
-        text = source.read_text(encoding="utf-8")
-        package = "." if name.startswith("asymflow/") else ".asymflow."
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text.replace("from flux2pixel.asymflow.", f"from {package}"), encoding="utf-8")
+    if __name__.startswith("diffusers_modules"):
+        return here.stem, here.read_text(encoding="utf-8")
+    bundle = importlib.import_module("flux2pixel.pipelines.bundle")
+    return bundle.CODE, bundle.bundle(here)
 
 
 def _multiple(length: int, of: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flux2pixel.finetune.log import Log
 from flux2pixel.finetune.network.checkpoint import State
 from flux2pixel.finetune.network.parallel import whole
 from flux2pixel.finetune.network.trainable import merged, split
-from flux2pixel.models.folder import tune_pipeline
+from flux2pixel.models.folder import read_folder, write_folder
 from flux2pixel.recipe import Recipe, as_dict, dumps
 from flux2pixel.runtime import files
 
@@ -65,7 +66,10 @@ def write_model(folder: Path, source: Path, base: Base, trained: dict[str, dict[
             tensors = {name: tensor.contiguous() for name, tensor in (full | lora).items()}
             scale = {"lora_alpha": str(settings.lora_alpha), "lora_rank": str(settings.lora_rank)}
             save_file(tensors, folder / f"adapter{suffix}.safetensors", notes | scale)
-    tune_pipeline(folder, recipe.sample)
+    model = read_folder(folder)
+    # What a finetune teaches has no latent counterpart, so nothing is lost by keeping its colours on the screen.
+    sampler = model.sampler.changed({"gamut_clamp": True}).changed(recipe.sample)
+    write_folder(folder, replace(model, sampler=sampler), recipe)
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor], notes: dict[str, str], shard: str = "5GB") -> None:
