@@ -72,6 +72,28 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """``[readout]``: what the subspace leaves out, fitted in closed form to the frozen network's features."""
+
+    parts: tuple[str, ...] = _option(
+        ("head", "offset", "prior", "last"),
+        "head (in the out-projection's weights) | offset | prior (of the texture) | last (step over neighbours)",
+        choices=("head", "offset", "prior", "last"),
+    )
+    source: str = _option("", "images, as fit_subspace.source; empty = the base draws them itself")
+    prompts: str = _option("", "text file of prompts, one a line, for images that the base draws; empty = no prompt")
+    images: int = _option(8000, "images to fit on, the source's first; 0 = all", low=0)
+    resolution: int = _option(0, "images are scaled to about this squared; 0 = the model's own size", low=0)
+    batch: int = _option(100, "images per batch", low=1)
+    max_broken: int = _option(100, "unreadable images that are skipped; one more fails the run", low=0)
+    window: int = _option(3, "side of the neighbourhood that the last step sees, in tokens; odd", low=1)
+    directions: int = _option(512, "leading directions of the features that the last step sees, where there are more")
+    ridge: float = _option(1e-3, "penalty, as a share of the features' mean square", above=0)
+    levels: float = _option(0.3, "noise level up to which the detail head is fitted", above=0, high=1)
+    precision: str = _option("bf16", "bf16 | fp32 | fp64, of the network's forward", choices=("bf16", "fp32", "fp64"))
+
+
+@dataclass(frozen=True)
 class Data:
     """``[data]``: the training images, and the cache of what is computed from them once."""
 
@@ -190,6 +212,7 @@ class Recipe:
     threads: int = _option(2, "CPU threads", low=1)
     fit_subspace: FitSubspace = FitSubspace()
     convert: Convert = Convert()
+    readout: Readout = Readout()
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from flux2pixel.asymflow.guidance import guide
 from flux2pixel.asymflow.method import AsymFlow, per_token
-from flux2pixel.asymflow.readout import Refine
 
 # network(inputs, time): v (B, N, C) of calibrated tokens (B, N, C) at network time (B,).
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +20,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 # mix(conditional, unconditional, scale): guidance on v as a family does it.
 Mix = Callable[[Tensor, Tensor, float], Tensor]
+# refine(x0_hat, x, sigma, final): the clean prediction with a readout's parts in it.
+Refine = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def denoise(flow: AsymFlow, network: Network, x: Tensor, sigma: Tensor) -> Tensor:

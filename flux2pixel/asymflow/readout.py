@@ -2,7 +2,7 @@
 
 B  images    N = h w  tokens    D  pixel token width    r  rank of the basis    C  width of the features
 h      what enters the out-projection                                        features      (B, N, C)
-m      complement of the clean prediction, (I - P) x0_hat = W_c h             (the detail head: in the network's weights)
+m      complement of the clean prediction, (I - P) x0_hat = W_c h             (detail head: in the network's weights)
 S      covariance of what m leaves over, S = Q diag(variance) Q^T             directions Q  (D, q)
 f      3 x 3 neighbourhood of [h V, A^T x, 1] on the token grid, zero outside (B, N, w w (K + r + 1))
 V      principal directions of h, where C is large; else V = I, K = C         reduction     (C, K)
@@ -17,16 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux2pixel.asymflow.denoiser import Refine
 from flux2pixel.asymflow.method import per_token
 
 PREFIX = "readout."
-# refine(x0_hat, x, sigma, final): the clean prediction with the readout's parts in it.
-Refine = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def neighbourhood(tokens: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -47,13 +47,12 @@ def local_features(h: Tensor, coordinates: Tensor, grid: tuple[int, int], window
 
 @dataclass(frozen=True)
 class Readout:
-    """The tensors of a readout beside basis and scale; a part that was not fitted is None.
+    """The tensors of parts 3 and 4 beside the basis A (D, r); a part that was not fitted is None.
 
-    ``basis`` is A (D, r). ``offset`` c (D,) is the pixel space's, see :class:`~flux2pixel.asymflow.codec.Codec`.
+    Part 1 is in the network's weights, part 2 in the :class:`~flux2pixel.asymflow.codec.Codec`.
     """
 
     basis: Tensor
-    offset: Tensor | None = None
     directions: Tensor | None = None
     variance: Tensor | None = None
     last: Tensor | None = None
@@ -62,7 +61,7 @@ class Readout:
 
     def to(self, *args, **kwargs) -> Readout:
         """A copy with every tensor moved or cast as ``Tensor.to`` does."""
-        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        named: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         return Readout(**{name: None if value is None else value.to(*args, **kwargs) for name, value in named.items()})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,49 +75,55 @@ class Readout:
         found = {name.removeprefix(PREFIX): value for name, value in stored.items() if name.startswith(PREFIX)}
         return cls(basis, **found) if found else None
 
-    def texture(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor | None:
-        """E[e | x_c] along Q, (B, N, q): the posterior mean of e ~ N(0, S) given x_c = (1 - sigma)(m + e) + sigma eps.
+    def texture(self, x0: Tensor, x: Tensor, sigma: Tensor, final: bool = False) -> Tensor | None:
+        """The texture along Q (B, N, q) given x_c = (1 - sigma)(m + e) + sigma eps, e ~ N(0, S); None without a prior.
 
-        Exact: S (1 - sigma) [(1 - sigma)^2 S + sigma^2 I]^-1 (x_c - (1 - sigma) m), in the eigenbasis of S, whose
-        directions lie in the complement, so that x_c and m need not be split off. None without a prior.
+        E[e | x_c] = S (1 - sigma) [(1 - sigma)^2 S + sigma^2 I]^-1 (x_c - (1 - sigma) m), in the eigenbasis of S, whose
+        directions lie in the complement, so that x_c and m need not be split off. ``final``: where the flow from sigma
+        to 0 ends, which has covariance S, as a sample of the texture has; the posterior mean would have less.
         """
         if self.directions is None or self.variance is None:
             return None
         sigma = per_token(sigma, x0)
         seen = (x.to(x0) - (1 - sigma) * x0) @ self.directions.to(x0)
         variance = self.variance.to(x0)
-        return seen * ((1 - sigma) * variance / ((1 - sigma) ** 2 * variance + sigma**2))
+        total = (1 - sigma) ** 2 * variance + sigma**2
+        return seen * ((variance / total).sqrt() if final else (1 - sigma) * variance / total)
 
     def prior(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """x0_hat (B, N, D) with the expected texture of the complement, at noise levels ``sigma`` () or (B,)."""
         texture = self.texture(x0, x, sigma)
         if texture is None or self.directions is None:
             return x0
-        return torch.addmm(x0.flatten(0, -2), texture.flatten(0, -2), self.directions.to(x0).mT).view_as(x0)
+        return x0 + texture @ self.directions.to(x0).mT
 
-    def finish(self, x0: Tensor, x: Tensor, sigma: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The last clean prediction: the linear last step on ``features`` (B, N, C), and what texture it leaves over."""
-        if self.last is None:
-            return self.prior(x0, x, sigma)
-        h = features.to(x0) if self.reduction is None else features.to(x0) @ self.reduction.to(x0)
-        window = round((len(self.last) / (h.shape[-1] + self.basis.shape[1] + 1)) ** 0.5)
-        found = x0 + local_features(h, x.to(x0) @ self.basis.to(x0), grid, window) @ self.last.to(x0)
-        texture = self.texture(x0, x, sigma)
+    def finish(self, x0: Tensor, x: Tensor, sigma: Tensor, features: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """The last clean prediction: the linear last step on ``features`` (B, N, C), and what texture that leaves over.
+
+        Raises ValueError if there is a last step and no features.
+        """
+        found = x0
+        if self.last is not None:
+            if features is None:
+                raise ValueError("readout: the last step needs the network's features")
+            h = features.to(x0) if self.reduction is None else features.to(x0) @ self.reduction.to(x0)
+            window = round((len(self.last) / (h.shape[-1] + self.basis.shape[1] + 1)) ** 0.5)
+            found = x0 + local_features(h, x.to(x0) @ self.basis.to(x0), grid, window) @ self.last.to(x0)
+        texture = self.texture(x0, x, sigma, final=True)
         if texture is None or self.directions is None:
             return found
-        carried = self.directions.to(x0).mT if self.transport is None else self.transport.to(x0)
-        return found + texture @ carried
+        return found + texture @ (self.directions.mT if self.transport is None else self.transport).to(x0)
 
-    def bind(self, grid: tuple[int, int], features: Callable[[], Tensor]) -> Refine:
+    def bind(self, grid: tuple[int, int], features: Callable[[int], Tensor]) -> Refine:
         """What a :class:`~flux2pixel.asymflow.denoiser.Denoiser` takes as ``readout``, for images of ``grid`` (h, w).
 
-        ``features()`` is asked once, at the last evaluation, for the h of that evaluation, (B, N, C).
+        ``features(B)`` is asked once, at the last evaluation, for the h of that evaluation, (B, N, C).
         """
 
         def refine(x0: Tensor, x: Tensor, sigma: Tensor, final: bool) -> Tensor:
             with torch.autocast(x0.device.type, enabled=False):
-                if final and self.last is not None:
-                    return self.finish(x0, x, sigma, features(), grid)
-                return self.prior(x0, x, sigma)
+                if not final:
+                    return self.prior(x0, x, sigma)
+                return self.finish(x0, x, sigma, None if self.last is None else features(len(x)), grid)
 
         return refine

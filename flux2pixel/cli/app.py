@@ -15,6 +15,7 @@ from flux2pixel.cli.convert import convert_command
 from flux2pixel.cli.evaluate import eval_command
 from flux2pixel.cli.export import export_command
 from flux2pixel.cli.finetune import finetune_command
+from flux2pixel.cli.fit_readout import fit_readout_command
 from flux2pixel.cli.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.cli.generate import generate_command
 from flux2pixel.cli.run import run_all
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("run")(run_all)
 app.command("fit-subspace")(fit_subspace_command)
 app.command("convert")(convert_command)
+app.command("fit-readout")(fit_readout_command)
 app.command("cache")(cache_command)
 app.command("finetune")(finetune_command)
 app.command("eval")(eval_command)

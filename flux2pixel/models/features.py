@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 
 
 class Features:
-    """While entered, keeps h of the network's last call.
+    """A context in which h of the network's last call is kept.
 
     Args:
         base: whose family names the out-projection.
         network: the latent or the pixel transformer.
-        tokens: N of the images; text or reference tokens after them are cut off.
+        tokens: N of the images; the tokens of text or references that follow them are cut off.
     """
 
     def __init__(self, base: Base, network: Any, tokens: int):
-        self._module = network.get_submodule(base.pixel_name(base.projections.output))
-        self._tokens, self._seen, self._handle = tokens, None, None
+        name = base.projections.output
+        modules = dict(network.named_modules())
+        # A latent network has the module by its own name, a pixel network by the family's name for it.
+        self._module = modules[name] if name in modules else modules[base.pixel_name(name)]
+        self._tokens, self._seen = tokens, None
 
     def __enter__(self) -> Features:
         self._handle = self._module.register_forward_pre_hook(self._keep)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *failure: object) -> None:
         self._handle.remove()
-        self._seen = None
 
     def _keep(self, module: Any, given: tuple[Any, ...]) -> None:
-        self._seen = given[0]
+        self._seen = given[0].detach()
 
     @property
     def h(self) -> Tensor:
-        """h (B, N, C) of the last call, float32 or better; (2 B, N, C) where one call was both branches of guidance."""
-        if self._seen is None:
-            raise RuntimeError("features: the network has not been called")
-        h = self._seen if self._seen.ndim == 3 else self._seen[None]
-        return h[:, : self._tokens].to(h.dtype if h.dtype.itemsize == 8 else Tensor.float(h).dtype)
+        """h (B, N, C) of the last call, float32 or float64; of both branches of guidance, (2 B, N, C), if it had both.
 
-    def conditional(self, batch: int) -> Tensor:
-        """h (B, N, C) of the conditional branch, which leads in a call of both."""
-        return self.h[:batch]
+        Raises RuntimeError if there was none.
+        """
+        if self._seen is None:
+            raise RuntimeError("features: the network was not called")
+        h: Tensor = self._seen[:, : self._tokens]
+        return h if h.dtype == torch.float64 else h.float()
+
+    def conditional(self, count: int) -> Tensor:
+        """h (B, N, C) of the conditional branch, the first ``count`` images of the call."""
+        return self.h[:count]

@@ -73,7 +73,9 @@ class Gram:
             raise ValueError(f"blocks {[tuple(block.shape) for block in blocks]} are not {self.widths}")
         count, tokens = blocks[0].shape[:2]
         exact = tokens < SMALL or any(block.dtype == torch.float64 for block in blocks)
-        rows = torch.cat([block.to(self.upper.device, torch.float64 if exact else torch.float32) for block in blocks], -1)
+        rows = torch.cat(
+            [block.to(self.upper.device, torch.float64 if exact else torch.float32) for block in blocks], -1
+        )
         for part in [rows.flatten(0, 1)] if exact else rows:
             self._update(part)
         self.tokens += count * tokens
@@ -196,7 +198,8 @@ def read_sums(path: Path) -> tuple[Sums, dict[str, str], list[str]]:
     if metadata.get("format") != FORMAT:
         raise Flux2PixelError(f"{path}: holds no sums of a readout; fit-readout writes sums.safetensors")
     try:
-        sums = Sums(*map(int, metadata["shape"].split()), directions=tensors.get("directions"), vae=tensors["vae"])
+        channels, rank, width, window = map(int, metadata["shape"].split())
+        sums = Sums(channels, rank, width, window, tensors.get("directions"), vae=tensors["vae"])
         for name in sorted(n.removesuffix(".triangle") for n in tensors if n.endswith(".triangle")):
             gram = sums.part(name)
             gram.upper[tuple(torch.triu_indices(*gram.upper.shape))] = tensors[f"{name}.triangle"]
