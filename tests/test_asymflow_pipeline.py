@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -19,10 +21,11 @@ from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.tokens import patchify
 from flux2pixel.convert.run import convert
 from flux2pixel.families import resolve
-from flux2pixel.models.folder import tune_pipeline
-from flux2pixel.models.model import generate, open_model
-from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline, klein_mu, pack_basis, unpack_basis
-from flux2pixel.recipe import Sample, load
+from flux2pixel.models.folder import read_folder, write_folder
+from flux2pixel.models.model import open_model
+from flux2pixel.pipelines.bundle import CODE, copy_code
+from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline, pack_basis, unpack_basis
+from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.estimators import polar
 from flux2pixel.weights.subspace import write_subspace
@@ -94,7 +97,7 @@ def test_loads_and_draws_where_flux2pixel_is_not_installed(folder, pipe, tmp_pat
 
 def test_the_installed_class_does_not_run_the_folders_code(folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
-    (moved / "asymflow_pipeline.py").write_text("raise SystemExit('ran')\n")
+    (moved / f"{CODE}.py").write_text("raise SystemExit('ran')\n")
     assert isinstance(flux2pixel.AsymFlowPipeline.from_pretrained(moved), AsymFlowPipeline)
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(moved)
@@ -132,7 +135,8 @@ def test_draws_what_the_latent_pipeline_draws(pipe, guidance, references, monkey
     monkeypatch.setattr(pipe, "_reference_tokens", lambda picture: next(lifted).flatten(2).mT @ basis.mT)
     call = {"prompt": PROMPT, "num_inference_steps": 6, "guidance_scale": guidance, "image": image} | SIZE
     klein(latents=z, max_sequence_length=12, output_type="latent", callback_on_step_end=keep("latent"), **call)
-    pipe(latents=noise, output_type="latent", callback_on_step_end=keep("pixel"), **call)
+    matched = pipe.flow.sigma_of(torch.linspace(1, 0, 7))[:-1].tolist()
+    pipe(latents=noise, sigmas=matched, output_type="latent", callback_on_step_end=keep("pixel"), **call)
     x, z = final["pixel"], final["latent"]
     size = z.abs().max()
     assert (x @ basis / pipe.flow.scale - z).abs().max() < 3e-5 * size
@@ -203,7 +207,9 @@ def test_schedulers_can_be_exchanged_and_must_not_shift(pipe):
 
 def test_a_finetuned_folder_uses_its_own_sampler(folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
-    tune_pipeline(moved, Sample(steps=5, guidance=2.0, solver="unipc", orthogonal=True, gamut_clamp=True))
+    model = read_folder(moved)
+    said = {"steps": 5, "guidance": 2.0, "solver": "unipc", "orthogonal": True, "gamut_clamp": True}
+    write_folder(moved, replace(model, sampler=model.sampler.changed(said)), load())
     tuned = AsymFlowPipeline.from_pretrained(moved)
     assert isinstance(tuned.scheduler, UniPCMultistepScheduler)
     assert (tuned.config.steps, tuned.config.guidance) == (5, 2.0) and tuned.config.orthogonal
@@ -211,18 +217,21 @@ def test_a_finetuned_folder_uses_its_own_sampler(folder, tmp_path):
     assert tuned.num_timesteps == 5 and torch.isfinite(raw).all()
 
 
-def test_noise_levels_follow_the_base_or_the_model(pipe):
-    assert klein_mu(4096, 50) == pytest.approx(2.023, abs=1e-3) and klein_mu(4096, 4) == pytest.approx(2.291, abs=1e-3)
-    assert klein_mu(4301, 4) == pytest.approx(1.185, abs=1e-3)
-    pipe.register_to_config(shift=17.0, shift_side=1024)
-    for side, shift in ((512, 8.5), (2048, 34.0)):
-        pipe._set_levels(None, 4, side, side, torch.device("cpu"))
-        t = torch.tensor([1.0, 0.75, 0.5, 0.25])
-        assert torch.allclose(pipe.scheduler.sigmas[:-1], shift * t / (1 + (shift - 1) * t))
-    pipe.register_to_config(shift=0.0, shift_side=0)
-    pipe._set_levels(None, 50, 512, 512, torch.device("cpu"))
-    shift = float(np.exp(klein_mu(64 * 64, 50)) * pipe.flow.scale)
-    assert pipe.scheduler.sigmas[25] == pytest.approx(shift / (1 + shift))
+def test_noise_levels_follow_the_size(folder, pipe):
+    """The model's own shift, stated at 1024 x 1024; at the base's size it is the base's schedule on matched levels."""
+    pipe.register_to_config(shift=17.0)
+    t = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    for side, shift in ((32, 17 / 32), (64, 17 / 16)):
+        seen = draw_levels(pipe, height=side, width=side)
+        assert torch.allclose(seen, shift * t / (1 + (shift - 1) * t))
+    own = AsymFlowPipeline.from_pretrained(folder)
+    assert torch.allclose(draw_levels(own, height=32, width=32), own.flow.sigma_of(t))
+
+
+def draw_levels(pipe, **size):
+    """The noise levels that a call of four steps draws on."""
+    draw(pipe, num_inference_steps=4, **size)
+    return pipe.scheduler.sigmas
 
 
 def test_the_basis_survives_any_cast(folder):
@@ -234,20 +243,19 @@ def test_the_basis_survives_any_cast(folder):
     assert isinstance(half.flow, AsymFlow) and "basis" not in repr(half)
 
 
-def test_generate_draws_any_size_of_whole_tokens(folder, tmp_path):
-    recipe = load(None, ["sample.steps=1"])
-    path = generate(recipe, tmp_path, PROMPT, folder, tmp_path / "a.png", (24, 48))
-    assert PIL.Image.open(path).size == (48, 24)
+def test_a_folder_draws_any_size_of_whole_tokens(folder):
+    model = open_model(folder, load(None, ["sample.steps=1"]).sample)
+    assert model.generate(PROMPT, size=(24, 48))[0].size == (48, 24)
     with pytest.raises(UsageError, match="multiples of 8"):
-        generate(recipe, tmp_path, PROMPT, folder, tmp_path / "b.png", (24, 50))
+        model.generate(PROMPT, size=(24, 50))
 
 
-def test_a_model_is_matched_to_its_base_by_its_record_not_its_name(folder, tmp_path):
-    moved = shutil.copytree(folder, tmp_path / "anything")
-    recipe = load(None, [])
-    assert open_model(moved, recipe, tmp_path).matched
-    (moved / "finetune.json").write_text("{}")
-    assert not open_model(moved, recipe, tmp_path).matched
+def test_a_setting_that_is_written_is_honoured_on_a_converted_folder(folder):
+    """Orthogonal guidance and the gamut clamp change the picture of a folder that by itself has neither."""
+    plain, said = open_model(folder), open_model(folder, load(None, ["sample.orthogonal=true"]).sample)
+    assert not plain.sampler.orthogonal and not plain.sampler.gamut_clamp and said.sampler.orthogonal
+    first, second = (np.asarray(model.generate(PROMPT)[0], dtype=int) for model in (plain, said))
+    assert abs(first - second).max() > 0
 
 
 # What diffusers gives to the stock transformer --------------------------------------------------------------------
@@ -334,17 +342,21 @@ def test_quantised_loading(folder, pipe):
     assert 0 < (draw(small) - draw(pipe)).abs().mean() < 0.1
 
 
-def test_copied_files_are_those_it_imports(tmp_path):
-    """A module that the pipeline comes to need and that is not copied would fail only on someone else's machine."""
+def test_the_copy_stands_alone(tmp_path):
+    """One file with the method's own source in it, which imports nothing of flux2pixel and defines no name twice."""
+    import ast
+
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    from flux2pixel.pipelines.flux2_klein import copy_code
+    from flux2pixel.pipelines import flux2_klein
 
-    copy_code(tmp_path)
-    needed = {name.replace(".", "/") + ".py" for name in get_relative_imports(tmp_path / "asymflow_pipeline.py")}
-    copied = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")}
-    assert needed | {"asymflow_pipeline.py"} == copied
-    for name in copied:
-        text = (tmp_path / name).read_text()
-        assert "from flux2pixel" not in text and "import flux2pixel" not in text, name
-        assert name == "asymflow_pipeline.py" or not get_relative_imports(tmp_path / name), name
+    copy_code(tmp_path, Path(flux2_klein.__file__))
+    (copied,) = tmp_path.iterdir()
+    source = copied.read_text()
+    assert not get_relative_imports(copied) and "from flux2pixel" not in source and "import flux2pixel" not in source
+    body = ast.parse(source).body
+    names = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    names += [
+        target.id for node in body if isinstance(node, ast.Assign) for target in node.targets if hasattr(target, "id")
+    ]
+    assert len(names) == len(set(names)) and {"Denoiser", "sample", "AsymFlowPipeline"} <= set(names)

@@ -5,7 +5,9 @@ import torch
 
 from flux2pixel import AsymFlow
 from flux2pixel.asymflow import color, schedule, tokens
-from flux2pixel.asymflow import solvers as sampler
+from flux2pixel.asymflow.denoiser import Denoiser, denoise
+from flux2pixel.asymflow.guidance import guide
+from flux2pixel.asymflow.solvers import SOLVERS, sample
 from flux2pixel.subspace.estimators import polar
 
 
@@ -111,7 +113,7 @@ def test_solvers_converge_at_their_order(solver, order):
     """Gaussian data N(0, a^2): x0_hat is linear and the flow's end point is known in closed form."""
     a2 = 0.25
 
-    def predict(x, sigma):
+    def predict(x, sigma, final):
         return (1 - sigma) * a2 / ((1 - sigma) ** 2 * a2 + sigma**2) * x
 
     x1 = torch.randn(1, 4, 8, dtype=torch.float64)
@@ -119,13 +121,69 @@ def test_solvers_converge_at_their_order(solver, order):
     errors = []
     for steps in (20, 80):
         sigmas = schedule.grid(steps, dtype=torch.float64)
-        errors.append((sampler.sample(predict, x1, sigmas, solver=solver) - exact).abs().max().item())
+        errors.append((sample(predict, x1, sigmas, SOLVERS[solver]) - exact).abs().max().item())
     assert errors[1] < errors[0] / 4 ** (order - 0.5)
 
 
 def test_orthogonal_guidance_has_no_parallel_part():
     conditional, unconditional = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    push = sampler.guide(conditional, unconditional, 4.0, orthogonal=True) - conditional
+    push = guide(conditional, unconditional, 4.0, orthogonal=True) - conditional
     assert (push * conditional).sum((1, 2)).abs().max() < 1e-11
-    plain = sampler.guide(conditional, unconditional, 4.0, orthogonal=False)
+    plain = guide(conditional, unconditional, 4.0, orthogonal=False)
     assert torch.allclose(plain, unconditional + 4 * (conditional - unconditional))
+
+
+@pytest.mark.parametrize("factor", [17.0, 34.0, 40.0])
+@pytest.mark.parametrize("steps", [32, 38])
+def test_unipc_draws_at_the_published_shifts(factor, steps):
+    """At large shifts the first integer timesteps repeat; looked up by value UniPC began at the wrong one and died."""
+    a2, x1 = 0.25, torch.randn(1, 4, 8, dtype=torch.float64)
+    sigmas = schedule.grid(steps, factor, dtype=torch.float64)
+
+    def predict(x, sigma, final):
+        return (1 - sigma) * a2 / ((1 - sigma) ** 2 * a2 + sigma**2) * x
+
+    missed = {name: (sample(predict, x1, sigmas, SOLVERS[name]) - x1 * a2**0.5).abs().max() for name in SOLVERS}
+    assert missed["unipc"] < 1.05 * missed["euler"], "coarse near 0, but no worse than first order"
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "unipc"])
+def test_the_last_evaluation_is_told_so(solver):
+    told = []
+    sample(lambda x, sigma, final: told.append(final) or x * 0, torch.randn(1, 2, 3), schedule.grid(5), SOLVERS[solver])
+    assert told[-1] and sum(told) == 1
+
+
+def test_a_shift_is_stated_at_1024_and_grows_with_the_side():
+    """17 at 1024 x 1024 is 8.5 at 512 and 34 at 2048, to the bit; the matched latent grid is that over s."""
+    for height, width, factor in ((512, 512, 8.5), (1024, 1024, 17.0), (2048, 2048, 34.0), (512, 2048, 17.0)):
+        levels = schedule.noise_levels(50, 17.0, height, width, torch.float64)
+        assert torch.equal(levels, schedule.grid(50, factor, torch.float64))
+        for scale in (1.0, 2.3):
+            flow = AsymFlow(torch.eye(12, dtype=torch.float64)[:, :4], scale)
+            matched = schedule.noise_levels(50, 17.0 / scale, height, width, torch.float64)
+            assert (flow.sigma_of(matched) - levels).abs().max() < 1e-15
+
+
+def test_the_denoiser_is_the_core_with_guidance_and_latent_models_need_no_recovery():
+    flow = AsymFlow(torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))[0], 1.7)
+    weight = torch.randn(2, 12, 12, dtype=torch.float64)
+    x, sigma = torch.randn(2, 3, 12, dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
+
+    def networks(inputs, time):
+        return inputs @ weight[0] * time.view(-1, 1, 1), inputs @ weight[1]
+
+    one, other = (denoise(flow, lambda i, t, branch=branch: networks(i, t)[branch], x, sigma) for branch in (0, 1))
+    assert torch.allclose(Denoiser(networks, flow, guidance=3.0)(x, sigma), other + 3 * (one - other), atol=1e-12)
+    clamped = Denoiser(networks, flow, 3.0, orthogonal=True, clamp=lambda x0: x0 + 1)(x, sigma)
+    assert torch.allclose(clamped, guide(one, other, 3.0, orthogonal=True) + 1)
+    latent = Denoiser(lambda z, t: (networks(z, t)[0], None))(x, sigma)
+    assert torch.allclose(latent, x - sigma.view(-1, 1, 1) * networks(x, sigma)[0])
+
+
+def test_colour_is_exact_in_anybodys_autocast():
+    """A round trip of 8-bit colours inside bf16 autocast, of half-precision inputs and with TF32 products allowed."""
+    rgb = (torch.randint(0, 256, (2, 3, 8, 8)).float() / 255).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (color.decode(color.encode(rgb)) - rgb).abs().max() < 1e-4
+    assert color.encode(rgb.bfloat16()).dtype == torch.float32 and color.decode(rgb.half()).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from flux2pixel.asymflow import color, tokens
 from flux2pixel.convert.run import convert
 from flux2pixel.families import open_base
 from flux2pixel.families.base import take
-from flux2pixel.models.model import LatentModel, load_pixel_model, seeded_noise
+from flux2pixel.models.model import open_model, seeded_noise
 from flux2pixel.recipe import load
+from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.solvers import polar
 from flux2pixel.weights.subspace import read_subspace, write_subspace
 
@@ -33,18 +35,20 @@ def test_converted_and_latent_draw_the_same(tmp_path, name, precision, monkeypat
     basis = polar(torch.randn(base.token_width, base.latent_width, dtype=torch.float64))
     path = tmp_path / "subspace.safetensors"
     write_subspace(path, basis, torch.tensor(1.3), {"method": "random"})
-    recipe = load(None, [f"base={folder}", "convert.verify_steps=2", "sample.steps=3", "sample.guidance=3.0"])
+    recipe = load(None, [f"base={folder}", "convert.verify_steps=2"])
+    size = (2 * base.patch_size, 3 * base.patch_size)
+    # The grid that the pixel model draws on; for the base the same, matched.
+    said = load(None, ["sample.steps=3", "sample.guidance=3.5", "sample.shift=19.0", "sample.gamut_clamp=false"]).sample
     written = convert(recipe, tmp_path, path)
     if precision == "float32":  # drawing is in bf16, whose rounding hides what two models differ by
         monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     flow, _ = read_subspace(path)
-    latent = LatentModel(base, flow, recipe.sample)
+    latent = open_model(folder, replace(said, gamut_clamp=None), subspace=path)
     # The base's last latents as the pixel model shows them: lifted, not decoded by the VAE.
     monkeypatch.setattr(
-        base, "decode", lambda z, h, w: color.decode(tokens.unpatchify(flow.lift(z), base.patch_size, h, w))
+        latent.base, "decode", lambda z, h, w: color.decode(tokens.unpatchify(flow.lift(z), base.patch_size, h, w))
     )
-    pixel = load_pixel_model(written, recipe.sample, matched=True)
-    size = (2 * base.patch_size, 3 * base.patch_size)
+    pixel = open_model(written, said)
     noise = seeded_noise([(1, 0), (2, 0)], 6, base.token_width)
     pictures = []
     for model in (latent, pixel):
@@ -58,15 +62,12 @@ def test_converted_and_latent_draw_the_same(tmp_path, name, precision, monkeypat
     assert difference.max() < 1e-3 if precision == "float32" else difference.mean() < 0.02
 
 
-def test_guidance_that_a_distilled_model_ignores_is_said(tmp_path, capsys):
+def test_guidance_that_a_distilled_model_cannot_take_is_refused(tmp_path):
     folder = write_base(tmp_path / "base", "flux1-schnell")
     base = open_base(folder)
     path = tmp_path / "subspace.safetensors"
     write_subspace(path, polar(torch.randn(base.token_width, base.latent_width)), torch.tensor(1.3), {})
-    recipe = load(None, [f"base={folder}", "convert.verify_steps=2", "sample.guidance=3.0"])
-    written = convert(recipe, tmp_path, path)
-    capsys.readouterr()
-    load_pixel_model(written, recipe.sample)
-    assert "takes no guidance; sample.guidance 3 is ignored" in capsys.readouterr().err.replace("\n", " ")
-    load_pixel_model(written, load(None, ["sample.guidance=1.0"]).sample)
-    assert "ignored" not in capsys.readouterr().err
+    written = convert(load(None, [f"base={folder}", "convert.verify_steps=2"]), tmp_path, path)
+    assert open_model(written).sampler.guidance == 1
+    with pytest.raises(UsageError, match="takes no guidance"):
+        open_model(written, load(None, ["sample.guidance=3.5"]).sample)

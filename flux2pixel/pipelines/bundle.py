@@ -1,8 +1,8 @@
 """The one file that travels with a model: a pipeline's source with the method's modules put into it.
 
 A folder's code must run where flux2pixel is not installed, and diffusers fetches files that import each other only one
-level deep; so the copy is a single file, built from the package's own source when it is written, and named by release so
-that folders of different releases can be loaded side by side.
+level deep. So the copy is a single file, built from the package's own source when it is written, and named by release:
+folders of different releases can be loaded side by side.
 """
 
 from __future__ import annotations
