@@ -88,7 +88,7 @@ class Readout:
     max_broken: int = _option(100, "unreadable images that are skipped; one more fails the run", low=0)
     window: int = _option(3, "side of the neighbourhood that the last step sees, in tokens; odd", low=1)
     directions: int = _option(512, "leading directions of the features that the last step sees, where there are more")
-    ridge: float = _option(1e-3, "penalty, as a share of the features' mean square", above=0)
+    ridge: float = _option(1e-2, "penalty, as a share of the features' mean square", above=0)
     levels: float = _option(0.3, "noise level up to which the detail head is fitted", above=0, high=1)
     precision: str = _option("bf16", "bf16 | fp32 | fp64, of the network's forward", choices=("bf16", "fp32", "fp64"))
 

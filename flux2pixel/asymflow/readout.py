@@ -6,7 +6,7 @@ m      complement of the clean prediction, (I - P) x0_hat = W_c h             (d
 S      covariance of what m leaves over, S = Q diag(variance) Q^T             directions Q  (D, q)
 f      3 x 3 neighbourhood of [h V, A^T x, 1] on the token grid, zero outside (B, N, w w (K + r + 1))
 V      principal directions of h, where C is large; else V = I, K = C         reduction     (C, K)
-R      last step: x0 = x0_hat + f R + texture                                 last          (w w (K + r + 1), D)
+R      last step: x0 = P x0_hat + f R + texture                                 last          (w w (K + r + 1), D)
 T      covariance of the texture, from S to what R leaves over                transport     (q, D)
 
 The network sees only A^T x, so neither changes the latent trajectory: the prior moves the complement alone, and after
@@ -59,10 +59,10 @@ class Readout:
     reduction: Tensor | None = None
     transport: Tensor | None = None
 
-    def to(self, *args, **kwargs) -> Readout:
-        """A copy with every tensor moved or cast as ``Tensor.to`` does."""
+    def to(self, device: torch.device) -> Readout:
+        """A copy on a device."""
         named: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Readout(**{name: None if value is None else value.to(*args, **kwargs) for name, value in named.items()})
+        return Readout(**{name: None if value is None else value.to(device) for name, value in named.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored beside basis and scale, float32 by name."""
@@ -108,7 +108,10 @@ class Readout:
                 raise ValueError("readout: the last step needs the network's features")
             h = features.to(x0) if self.reduction is None else features.to(x0) @ self.reduction.to(x0)
             window = round((len(self.last) / (h.shape[-1] + self.basis.shape[1] + 1)) ** 0.5)
-            found = x0 + local_features(h, x.to(x0) @ self.basis.to(x0), grid, window) @ self.last.to(x0)
+            # Of the guided prediction only what the latent base has is kept: in the complement guidance would take the
+            # picture away from true ones (benchmarks/readout.md).
+            inside = (x0 @ self.basis.to(x0)) @ self.basis.to(x0).mT
+            found = inside + local_features(h, x.to(x0) @ self.basis.to(x0), grid, window) @ self.last.to(x0)
         texture = self.texture(x0, x, sigma, final=True)
         if texture is None or self.directions is None:
             return found

@@ -81,6 +81,11 @@ class Observer:
 
     def add(self, sums: Sums, images: Images) -> None:
         """Add a batch of images to the sums."""
+        if self.dtype == torch.float64 and len(images.digests) > 1:
+            # The float32 rounding of the VAE and of the text encoder depends on the batch; alone, an image has one.
+            for one in images.singly():
+                self.add(sums, one)
+            return
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         flow = self.folder.flow.to(self.device, wide)
         x, z = (tensor.to(wide) for tensor in self.pairs(images))

@@ -35,6 +35,12 @@ class Images:
     digests: list[str]
     z: Tensor | None = None
 
+    def singly(self) -> Iterator[Images]:
+        """Each image as a batch of its own."""
+        for row, (caption, digest) in enumerate(zip(self.captions, self.digests, strict=True)):
+            z = None if self.z is None else self.z[row : row + 1]
+            yield Images(self.rgb[row : row + 1], [caption], [digest], z)
+
 
 def short(digest: str) -> str:
     """The part of a content digest that is kept."""

@@ -36,11 +36,11 @@ def lines(recipe: Recipe, source: Path) -> list[str]:
     sums = 8 * 2 * (last**2 + (len(BINS) - 1) * level**2)
     weights = sum(tensor.size for tensor in tensors.values())
     wanted = -(-FEATURE_TOKENS * features // tokens)
-    flops = settings.images * forward
+    flops, solve = settings.images * forward, 24 * last**2
     return [
         f"network  {parameters / 1e9:.3g} billion parameters, features {channels} wide",
         f"last     {features} features: {settings.window} x {settings.window} of ({kept} directions, {rank}, 1)",
-        f"memory   {weights / 1e9:.3g} GB of weights, {sums / 1e9:.3g} GB of sums, {24 * last**2 / 1e9:.3g} GB to solve",
+        f"memory   {weights / 1e9:.3g} GB of weights, {sums / 1e9:.3g} GB of sums, {solve / 1e9:.3g} GB to solve",
         f"images   {settings.images} of {side} x {side}; at least {wanted} for {FEATURE_TOKENS} tokens a feature",
         f"time     {_time(seconds)} on one H100: {flops:.2g} FLOP at {SHARE:.0%} of its peak,"
         f" {settings.images * products:.2g} of sums",

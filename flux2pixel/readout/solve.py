@@ -5,7 +5,7 @@ x  pixel tokens (D,)    z  latents (r,)    h  features (C,)    f  local features
 1  W_c = argmin sum w ||(I - P)(x - c) - W_c h||^2 + ridge       (D, C)     detail head
 2  c   = E[x] - s A E[z]                                         (D,)       offset
 3  S   = E[e e^T], e = (I - P)(x - c) - W_c h                    (D, D)     covariance of the texture
-4  R   = argmin sum ||x - c - s A z_hat - W_c h - f R||^2 + ridge (F, D)    last step
+4  R   = argmin sum ||x - c - s A z_hat - f R||^2 + ridge        (F, D)     last step; the penalty is on R less W_c
 
 Every error is a quadratic form: a linear prediction is one matrix B on the row u = [f, z_hat, x, h, ...] of a gram G,
 and sum ||u B||^2 = tr(B^T G B).
@@ -85,10 +85,11 @@ def fit(sums: Sums, flow: AsymFlow, parts: tuple[str, ...], levels: float, stren
     if "head" in parts:
         head = fit_head(sums, wide, offset, levels, strength)
     found = Fit(head, offset)
-    error = residual(sums, gram, wide, found)
     last = None
     if "last" in parts:
-        last = ridge(gram.get("f", "f"), _rows(gram, "f") @ error, strength)
+        start = centred(sums, gram, head)
+        error = residual(sums, gram, wide, Fit(head, offset, last=start))
+        last = start + ridge(gram.get("f", "f"), _rows(gram, "f") @ error, strength)
         found = Fit(head, offset, last=last)
     if "prior" not in parts:
         return found
@@ -100,6 +101,14 @@ def fit(sums: Sums, flow: AsymFlow, parts: tuple[str, ...], levels: float, stren
     kept = variance > SMALLEST * variance.max()
     variance, directions = variance[kept], directions[:, kept]
     return Fit(head, offset, directions, variance, last, transport(directions, variance, after))
+
+
+def centred(sums: Sums, gram: Gram, head: Tensor) -> Tensor:
+    """The detail head W_c (D, C) as a last step (F, D): on the token's own features, and none of its neighbours'."""
+    seen = head.mT if sums.directions is None else (head @ sums.directions).mT
+    area, last = sums.window**2, torch.zeros(gram.widths[0][1], len(head), dtype=head.dtype)
+    last[area // 2 : len(seen) * area : area] = seen
+    return last
 
 
 def transport(directions: Tensor, variance: Tensor, target: Tensor) -> Tensor:
@@ -126,15 +135,18 @@ def _constant(sums: Sums, gram: Gram) -> int:
 
 
 def residual(sums: Sums, gram: Gram, flow: AsymFlow, found: Fit, parts: tuple[str, ...] = ("head", "last")) -> Tensor:
-    """B (W, D) with u B = x - c - s A z_hat - W_c h - f R, for rows u of a gram at the last level."""
+    """B (W, D) with u B the error x - c - s A z_hat - W_c h, or with a last step x - c - s A z_hat - f R.
+
+    u is a row of a gram at the last level; ``parts`` are those that take part.
+    """
     width = gram.widths[0][1]
     matrix = torch.zeros(len(gram.upper), sums.width, dtype=torch.float64)
     matrix[gram.span("x")] = torch.eye(sums.width, dtype=torch.float64)
     matrix[gram.span("z_hat")] = -(flow.scale * flow.basis).mT
-    if "head" in parts:
-        matrix[gram.span("h")] = -found.head.mT
     if found.last is not None and "last" in parts:
         matrix[:width] = -found.last
+    elif "head" in parts:
+        matrix[gram.span("h")] = -found.head.mT
     matrix[_constant(sums, gram)] -= found.offset
     return matrix
 
