@@ -29,7 +29,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.run import convert
@@ -37,7 +36,6 @@ from flux2pixel.data import encode
 from flux2pixel.data.cache import Batch, Cache
 from flux2pixel.evaluate.run import evaluate
 from flux2pixel.evaluate.statistics import tag_mean_interval
-from flux2pixel.families.base import Base
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
@@ -46,6 +44,8 @@ from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import groups
 from flux2pixel.finetune.step.objective import Objective, Parts
 from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.run import fit_subspace
 

@@ -23,9 +23,8 @@ from sklearn.datasets import load_sample_images
 from torch import Generator, Tensor
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families import open_base
-from flux2pixel.families.base import Base
 from flux2pixel.miniature import world
+from flux2pixel.models.base import Base, open_base
 from flux2pixel.subspace import diagnostics, jacobian, prior, solvers
 from flux2pixel.subspace.gather import FIRST_SCENE, token_pairs
 from flux2pixel.subspace.moments import Moments

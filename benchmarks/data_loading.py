@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.convert.run import convert
 from flux2pixel.data import encode
@@ -30,6 +29,7 @@ from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network.parallel import Team
+from flux2pixel.models import base as bases
 from flux2pixel.runtime import files
 from flux2pixel.subspace.run import fit_subspace
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
+from flux2pixel.models import base as bases
 
 REPEATS = 3
 SAMPLES = 4

@@ -13,15 +13,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.families import open_base
-from flux2pixel.families.base import Base
-from flux2pixel.families.known import KNOWN
+from flux2pixel.models.base import Base
 from flux2pixel.subspace.solvers import polar
 
 STEPS, GRID = 8, (3, 4)
@@ -31,19 +28,6 @@ VAE = {
     "Flux3Transformer2DModel": KL | {"latent_channels": 32, "patch_size": [2, 2]},
     "QwenImageTransformer2DModel": {"z_dim": 16, "temperal_downsample": [False, True, True]},
 }
-
-
-def opened(alias: str, folder: Path) -> Base:
-    """The base's configurations alone, as a folder."""
-    known = KNOWN[alias]
-    configs: dict[str, dict[str, Any]] = {
-        "transformer": {"_class_name": known.transformer_class} | known.transformer,
-        "vae": VAE.get(known.transformer_class, KL),
-    }
-    for part, config in configs.items():
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config))
-    return open_base(folder)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
 from flux2pixel.subspace import jacobian
 from flux2pixel.subspace.prior import decode_pixels, prior_latents
 

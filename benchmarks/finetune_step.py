@@ -32,12 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
 from flux2pixel.data.cache import Batch
-from flux2pixel.families.base import Base
 from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import prepare
 from flux2pixel.finetune.step.objective import (
@@ -50,6 +48,8 @@ from flux2pixel.finetune.step.objective import (
     original,
 )
 from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.subspace.estimators import polar
 
 CLOCK = [time.process_time]

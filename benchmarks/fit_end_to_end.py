@@ -23,9 +23,9 @@ from sklearn.datasets import load_sample_images
 
 from flux2pixel import recipe as recipes
 from flux2pixel.data import Tally
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
+from flux2pixel.runtime.processes import Team
 from flux2pixel.subspace.gather import gather, image_batches
-from flux2pixel.subspace.processes import Processes
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    base, alone = open_base("klein-tiny"), Processes(0, 1, "cpu")
+    base, alone = open_base("klein-tiny"), Team()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, args.images)

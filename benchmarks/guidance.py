@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel import recipe as recipes
 from flux2pixel.evaluate.fidelity.measures import measure
 from flux2pixel.evaluate.geneval import judge
 from flux2pixel.families.base import take
 from flux2pixel.miniature import detector, world
+from flux2pixel.models import base as bases
 from flux2pixel.models.model import open_model, seeded_noise, to_bytes
 
 FIRST_PROMPT, FIRST_RENDER = 5_000_000, 6_000_000

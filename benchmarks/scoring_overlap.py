@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.columns import candidate
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer
 from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.processes import current
 from flux2pixel.evaluate.run_suite import Task
 from flux2pixel.evaluate.suites import open_suites
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime import progress
+from flux2pixel.runtime.processes import Team
 from flux2pixel.weights.subspace import write_subspace
 
 REPEATS = 5
@@ -64,7 +64,7 @@ def main() -> None:
 
         def work(suite, home: Path, drawer: Drawer | None) -> float:
             task = Task(one, suite, recipe.seed, home, digests)
-            plan = task.plan(current(), BATCH)
+            plan = task.plan(Team(), BATCH)
             texts.expect(["", *(file.prompt.text for group in plan.draw for file in group)])
             began = time.perf_counter()
             task.run(plan, drawer, BATCH)

@@ -209,7 +209,7 @@ class Recipe:
 
     base: str = _option("klein-tiny", "the latent base: an alias or a folder")
     seed: int = _option(0, "seed of everything random", low=0, high=2**63 - 1)
-    threads: int = _option(2, "CPU threads", low=1)
+    threads: int = _option(2, "CPU threads of this machine, shared by its processes; 0 = all", low=0)
     fit_subspace: FitSubspace = FitSubspace()
     convert: Convert = Convert()
     readout: Readout = Readout()

@@ -20,7 +20,7 @@ import flux2pixel
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.tokens import patchify
 from flux2pixel.convert.run import convert
-from flux2pixel.families import resolve
+from flux2pixel.models.base import resolve
 from flux2pixel.models.folder import read_folder, write_folder
 from flux2pixel.models.model import open_model
 from flux2pixel.pipelines.bundle import CODE, copy_code

@@ -8,8 +8,8 @@ from families import TINY, write_base
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.families import open_base
 from flux2pixel.families.base import take
+from flux2pixel.models.base import open_base
 from flux2pixel.subspace.solvers import polar
 
 FAMILIES = sorted(TINY)

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from families import write_base
 
-from flux2pixel import families as bases
-from flux2pixel.families.known import KNOWN, table
+from flux2pixel.cli.about import bases_table
+from flux2pixel.families import registry
+from flux2pixel.families.known import KNOWN
+from flux2pixel.models import base as bases
 from flux2pixel.models.hub import PARTS
 from flux2pixel.runtime.errors import UsageError
 
@@ -97,7 +100,7 @@ def resolve(home, hub, *names, parts=PARTS, **environment):
     """Resolve each name in a process of its own, whose Hub is the given server; prints folders and errors."""
     script = (
         "import sys, huggingface_hub.constants as client\nclient.DOWNLOAD_CHUNK_SIZE = 4096\n"
-        "from flux2pixel.families import resolve\nfrom flux2pixel.runtime.errors import UsageError\n"
+        "from flux2pixel.models.base import resolve\nfrom flux2pixel.runtime.errors import UsageError\n"
         "for name in sys.argv[1:]:\n"
         f"    try: print('folder', resolve(name, {parts!r}))\n"
         "    except UsageError as error: print('error', error)\n"
@@ -122,7 +125,7 @@ def resolve(home, hub, *names, parts=PARTS, **environment):
 
 def test_a_part_can_be_had_without_the_rest(hub, tmp_path):
     (found,) = resolve(tmp_path, hub, "me/base", parts=("vae",))
-    folder = bases.Path(found.removeprefix("folder "))
+    folder = Path(found.removeprefix("folder "))
     assert (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file()
     assert (folder / "transformer" / "config.json").is_file()
     assert not list(folder.glob("transformer/*.safetensors"))
@@ -130,7 +133,7 @@ def test_a_part_can_be_had_without_the_rest(hub, tmp_path):
 
 def test_the_hub_is_asked_for_what_is_needed_and_its_refusals_are_one_line(hub, tmp_path):
     found, gated, absent = resolve(tmp_path, hub, "me/base", "flux2-klein-9b", "nobody/nothing")
-    folder = bases.Path(found.removeprefix("folder "))
+    folder = Path(found.removeprefix("folder "))
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     assert (folder / "vae" / "config.json").is_file() and (folder / "model_index.json").is_file()
     assert not (folder / "original.safetensors").exists(), "single-file weights beside the folders are not fetched"
@@ -153,7 +156,7 @@ def test_a_download_that_stops_says_so_and_one_that_breaks_off_is_resumed(hub, t
     assert hub.resumed and min(hub.resumed) >= 4096, "the rest alone was asked for"
     for part in ("transformer", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
-        assert (bases.Path(found.removeprefix("folder ")) / name).read_bytes() == (hub.folder / name).read_bytes()
+        assert (Path(found.removeprefix("folder ")) / name).read_bytes() == (hub.folder / name).read_bytes()
 
 
 def test_folders_and_names_that_are_no_base(tmp_path):
@@ -201,7 +204,7 @@ def test_distilled_checkpoints_are_known_and_not_guided(tmp_path):
 
 
 def test_the_table_lists_every_alias():
-    lines = table().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*bases.ALIASES, *KNOWN]
+    lines = bases_table().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [*registry.names(), *KNOWN]
     for alias, known in KNOWN.items():
         assert not known.undistilled or known.undistilled in KNOWN, alias

@@ -9,8 +9,8 @@ import torch
 from families import TINY, write_base
 from PIL import Image
 
-from flux2pixel.families import open_base
 from flux2pixel.families.base import take
+from flux2pixel.models.base import open_base
 
 STEPS, GRID = 3, (2, 3)
 

@@ -4,12 +4,14 @@ import diffusers
 import pytest
 import torch
 from families import write_base
-from text_encoders import write_text
+from safetensors.torch import load_file, save_file
+from text_encoders import STOCK, stock_text, write_text
 
-from flux2pixel.families import open_base
 from flux2pixel.families.base import stack, take
+from flux2pixel.models.base import open_base
+from flux2pixel.runtime.errors import UsageError
 
-FAMILIES = ["flux1-dev", "flux1-schnell", "flux2-dev", "flux3", "qwen-image", "sd3.5-large", "z-image"]
+FAMILIES = ["flux1-dev", "flux1-schnell", "flux2-dev", "flux2-klein", "flux3", "qwen-image", "sd3.5-large", "z-image"]
 PROMPTS = ["a photo of two red circle on white", "blue square", "a photo of two red circle on white", ""]
 MASKED = {"flux3", "qwen-image", "z-image"}
 
@@ -43,6 +45,113 @@ def test_rows_follow_the_prompts_and_do_not_depend_on_the_batch(bases, name):
     torch.testing.assert_close(together[1:2], single, atol=1e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def stock_conditioning(base, name):
+    """What the stock pipeline's own encode_prompt makes of PROMPTS, with its own whole encoders; one list a key."""
+    parts = stock_text(base.folder, name)
+    if name == "flux3":
+        from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
+
+        embed = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
+        return {"text": [embed(parts["text_encoder"], parts["tokenizer"], prompt)[0] for prompt in PROMPTS]}
+    pipeline = getattr(diffusers, STOCK[name][0])(scheduler=None, vae=None, transformer=None, **parts)
+    match name:
+        case "flux1-dev" | "flux1-schnell":
+            length = 256 if name == "flux1-schnell" else 512
+            text, pooled, _ = pipeline.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=length)
+            return {"text": list(text), "pooled": list(pooled)}
+        case "sd3.5-large":
+            text, _, pooled, _ = pipeline.encode_prompt(
+                PROMPTS, None, None, device="cpu", do_classifier_free_guidance=False
+            )
+            return {"text": list(text), "pooled": list(pooled)}
+        case "z-image":
+            text, _ = pipeline.encode_prompt(list(PROMPTS), device="cpu", do_classifier_free_guidance=False)
+            return {"text": text}
+        case "qwen-image":
+            text, mask = pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=512)
+            return {"text": [row[real.bool()] for row, real in zip(text, mask, strict=True)]}
+    text, _ = pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=512)
+    return {"text": list(text)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_conditioning_is_the_stock_pipelines_to_the_bit(bases, name):
+    """With no vocabulary head and no layer behind the last one read; PROMPTS encoded as one batch by both."""
+    base = bases[name]
+    mine = base.facts.embed(base.text_parts, list(PROMPTS))
+    theirs = stock_conditioning(base, name)
+    for key, rows in theirs.items():
+        for row, (expected, found) in enumerate(zip(rows, mine[key], strict=True)):
+            if key == "text" and "mask" in mine:
+                found = found[mine["mask"][row]]
+            assert torch.equal(found, expected), (key, row)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("flux2-klein", 27), ("flux2-dev", 30), ("flux3", 32), ("z-image", 1)])
+def test_layers_that_nothing_reads_and_heads_are_not_loaded(bases, name, layers):
+    encoder = bases[name].text_parts["text_encoder"]
+    names = [name for name, _ in encoder.named_parameters()]
+    numbers = {int(part.split(".")[0]) for name in names for part in name.split("layers.")[1:]}
+    assert numbers == set(range(layers))
+    assert not [name for name in names if "lm_head" in name or "vision" in name or "visual" in name]
+
+
+def test_prompts_are_encoded_by_a_budget_of_tokens(bases, monkeypatch):
+    """16 prompts of 512 tokens at a time, 64 where a prompt is short."""
+    base, seen = bases["z-image"], []
+    embed = type(base.facts).embed
+    monkeypatch.setattr(type(base.facts), "embed", lambda s, p, some: (seen.append(len(some)), embed(s, p, some))[1])
+    base.text([f"a {'red ' * i}circle" for i in range(20)])
+    assert seen == [16, 4]
+    monkeypatch.setattr(type(base.facts), "text_length", lambda self, parts: 12)
+    seen.clear()
+    base.text([f"a {'red ' * i}circle" for i in range(70)])
+    assert seen == [64, 6]
+
+
+@pytest.mark.parametrize(("part", "lost"), [("text_encoder", "layers.0.mlp.up_proj.weight"), ("transformer", "x_pad")])
+def test_weights_that_lack_a_tensor_are_refused_not_made_up(tmp_path, part, lost):
+    folder = write_base(tmp_path / "base", "z-image")
+    write_text(folder, "z-image")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    gone = [name for name in tensors if lost in name]
+    save_file({name: value for name, value in tensors.items() if name not in gone}, path, {"format": "pt"})
+    base = open_base(folder)
+    with pytest.raises(UsageError, match=rf"{part}: its weights lack .*{lost}"):
+        base.text(["a"]) if part == "text_encoder" else base.transformer
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    folder = write_base(tmp_path / "base", "z-image")
+    write_text(folder, "z-image")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="tokenizer: holds no vocabulary"):
+        open_base(folder).text(["a"])
+
+
+def test_what_is_freed_is_loaded_again(bases):
+    base = bases["z-image"]
+    before = base.text(["a"])["text"]
+    base.free("text")
+    assert "text_parts" not in base.__dict__
+    assert torch.equal(base.text(["a"])["text"], before)
+
+
+@pytest.mark.parametrize("offload", ["model", "group", "sequential"])
+@pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein", "z-image"])
+def test_offloaded_models_compute_the_same(bases, name, offload):
+    """The CPU plays the accelerator: what is tested is that hooks and stock pipelines go together."""
+    whole, waiting = bases[name], open_base(bases[name].folder, offload=offload)
+    text, expected = waiting.text(PROMPTS[:2]), whole.text(PROMPTS[:2])
+    assert torch.equal(text["text"], expected["text"])
+    tokens, time = torch.randn(2, 6, whole.latent_width), torch.full((2,), 0.6)
+    with torch.no_grad():
+        found = waiting.call(waiting.transformer, tokens, time, text, (2, 3))
+        assert torch.equal(found, whole.call(whole.transformer, tokens, time, expected, (2, 3)))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_branches_of_guidance_in_one_forward(bases, name):
     base = bases[name]
@@ -65,19 +174,8 @@ def test_both_branches_of_guidance_in_one_forward(bases, name):
 def test_a_prompt_draws_what_the_stock_pipeline_draws(bases, name):
     """From the words on: the stock pipeline opens the same folder, tokenizers, encoders, scheduler and all."""
     base = bases[name]
-    kind = {
-        "flux1-dev": diffusers.FluxPipeline,
-        "sd3.5-large": diffusers.StableDiffusion3Pipeline,
-        "qwen-image": diffusers.QwenImagePipeline,
-        "z-image": diffusers.ZImagePipeline,
-        "flux2-dev": diffusers.Flux2Pipeline,
-    }[name]
-    parts = {
-        part.name: getattr(base, part.name, None) or getattr(getattr(base, "_prompts", None), part.name, None)
-        for part in base.folder.iterdir()
-        if part.name.startswith(("text_encoder", "tokenizer"))
-    }
-    base.text([""])
+    kind = getattr(diffusers, STOCK[name][0])
+    parts = stock_text(base.folder, name)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
     pipeline = kind(scheduler=scheduler, vae=base.vae, transformer=base.transformer, **parts)
     pipeline.set_progress_bar_config(disable=True)

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.cli import app
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache, Shards
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order, units_of
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 

@@ -11,7 +11,7 @@ from flux2pixel.convert import verify
 from flux2pixel.convert.fold import fold_in, fold_out
 from flux2pixel.convert.plan import class_shapes
 from flux2pixel.convert.run import convert
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.solvers import polar

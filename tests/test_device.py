@@ -8,10 +8,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families import open_base, resolve
+from flux2pixel.models.base import open_base, resolve
 from flux2pixel.models.model import LatentModel, PixelModel, open_model, seeded_noise
 from flux2pixel.recipe import load
 from flux2pixel.runtime import device
+from flux2pixel.runtime.errors import UsageError
 from flux2pixel.weights.subspace import write_subspace
 
 CUDA = torch.device("cuda", 0)
@@ -64,10 +65,37 @@ def test_a_base_and_a_pixel_model_load_to_the_device_asked_for(tmp_path: Path) -
 
 def test_the_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert device.describe(device.choose()) == "the CPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "H100")
-    assert device.choose() == CUDA and device.describe(CUDA) == "cuda:0 (H100)"
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.choose() == device.choose("cuda") == CUDA and device.describe(CUDA) == "cuda:0 (H100)"
+    assert device.choose("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert device.choose() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match="process 3 of this machine has no GPU: there are 2"):
+        device.choose()
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.choose().type == "mps" and device.choose(float64=True).type == "cpu"
+    with pytest.raises(UsageError, match="--device mps: this computes in float64"):
+        device.choose("mps", float64=True)
+    with pytest.raises(UsageError, match="--device gpu: unknown; give auto, cuda, mps, xpu or cpu"):
+        device.choose("gpu")
+    with pytest.raises(UsageError, match="--device cuda: PyTorch finds none"):
+        device.choose("cuda")
+
+
+def test_weights_keep_their_dtype_where_the_device_computes_in_it() -> None:
+    cpu = torch.device("cpu")
+    for where in (cpu, CUDA):
+        assert device.default_dtype(where, torch.bfloat16) == torch.bfloat16
+        assert device.default_dtype(where, torch.float64) == torch.float32
+        assert device.default_dtype(where, torch.float8_e4m3fn) == torch.bfloat16
+    assert device.default_dtype(CUDA, torch.float16) == torch.float16
+    assert device.default_dtype(cpu, torch.float16) == torch.float32

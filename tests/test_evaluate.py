@@ -58,7 +58,7 @@ def test_the_converted_model_draws_what_the_base_drew(run):
 
 
 def world_base():
-    from flux2pixel import families as bases
+    from flux2pixel.models import base as bases
 
     return bases.resolve("klein-tiny")
 

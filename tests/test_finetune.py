@@ -8,7 +8,6 @@ import torch
 from finetuning import LORA, small
 from safetensors.torch import load_file
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
 from flux2pixel.data.cache import Batch, Cache
@@ -22,6 +21,7 @@ from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, draw
 from flux2pixel.finetune.step.perceptual import load_lpips, perceptual
 from flux2pixel.finetune.validation import hold_out
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import dumps, load
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError

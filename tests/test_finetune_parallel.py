@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from flux2pixel.cli import app
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.network import checkpoint
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import split
+from flux2pixel.runtime.processes import Team
 
 STEPS = ["finetune.steps=20", "finetune.validate_every=20", "finetune.save_every=50"]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -9,9 +9,9 @@ from finetuning import LORA, python, small, weights
 
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.network import checkpoint
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.processes import Team
 
 ALONE = Team(0, 1, torch.device("cpu"))
 

@@ -251,8 +251,8 @@ def test_the_references_file_goes_in_and_out(base, photos, tmp_path):
 
 
 def test_a_training_cache_is_a_source(photos, tmp_path):
-    from flux2pixel import families as bases
     from flux2pixel.data import encode
+    from flux2pixel.models import base as bases
 
     wanted = [f'data.source="{photos}"', "finetune.images=0", "data.resolution=32", 'data.dtype="fp32"', "threads=1"]
     encode.make(load(None, wanted), tmp_path, bases.open_base("klein-tiny"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate import columns as models
 from flux2pixel.evaluate import drawing as generate
 from flux2pixel.evaluate import layout, png
@@ -22,6 +21,7 @@ from flux2pixel.evaluate.ledger import Entry, Ledger
 from flux2pixel.evaluate.run import evaluate
 from flux2pixel.evaluate.suite import Prompt, Record
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError
 

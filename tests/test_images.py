@@ -431,10 +431,10 @@ def test_a_fit_takes_the_latents_beside_the_pictures(tmp_path, monkeypatch):
     """The sums are those of the VAE's own latents, and the VAE is not asked."""
     from safetensors.torch import save_file
 
-    from flux2pixel import families as bases
+    from flux2pixel.models import base as bases
     from flux2pixel.recipe import load
+    from flux2pixel.runtime.processes import Team
     from flux2pixel.subspace.gather import gather
-    from flux2pixel.subspace.processes import Processes
 
     base, root = bases.open_base("klein-tiny"), tmp_path / "photos"
     root.mkdir()
@@ -442,15 +442,15 @@ def test_a_fit_takes_the_latents_beside_the_pictures(tmp_path, monkeypatch):
     for index in range(3):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{index}.png")
     recipe = load(None, [f'fit_subspace.source="{root}"', "fit_subspace.resolution=0"])
-    plain, _ = gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "plain.safetensors")
+    plain, _ = gather(base, recipe, Team(), tmp_path / "plain.safetensors")
     for file in root.glob("*.png"):
         rgb = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None] / 255
         save_file({"latents": base.encode(rgb)[0]}, file.with_suffix(".safetensors"))
     monkeypatch.setattr(base, "encode", None)
-    given, _ = gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "given.safetensors")
+    given, _ = gather(base, recipe, Team(), tmp_path / "given.safetensors")
     assert torch.allclose(given.subset(0).xz, plain.subset(0).xz, rtol=1e-5, atol=1e-4)
     assert given.subset(0).tokens == 3 * 16
     for file in root.glob("*.safetensors"):
         save_file({"latents": torch.zeros(16, 5)}, file)
     with pytest.raises(Flux2PixelError, match=r"0\.png: latents beside it are 5 wide, those of the base 16"):
-        gather(base, recipe, Processes(0, 1, "cpu"), tmp_path / "wrong.safetensors")
+        gather(base, recipe, Team(), tmp_path / "wrong.safetensors")

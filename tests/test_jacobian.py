@@ -5,7 +5,7 @@ import torch
 from families import write_base
 from torch import nn
 
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
 from flux2pixel.subspace import diagnostics, jacobian, solvers
 from flux2pixel.subspace.prior import decode_pixels, prior_latents, prior_pairs, prior_side
 

@@ -51,7 +51,10 @@ def test_how_the_processes_ended_is_the_exit_code(started, capsys):
     assert "failed" not in capsys.readouterr().err, "the leading process said its own line"
     started["ends"] = failed((1, 1))
     assert launch.relaunch("eval", 3) == 1
-    assert "eval: process 1 of 3 failed with exit code 1" in capsys.readouterr().err
+    assert "failed" not in capsys.readouterr().err, "that process said its own line"
+    started["ends"] = failed((1, 3))
+    assert launch.relaunch("eval", 3) == 3
+    assert "eval: process 1 of 3 failed with exit code 3" in capsys.readouterr().err
     started["ends"] = failed((2, -9))
     with pytest.raises(Flux2PixelError, match="process 2 of 3 was ended by SIGKILL"):
         launch.relaunch("eval", 3)
@@ -66,11 +69,50 @@ def test_stopped_by_a_signal_is_a_success_only_for_what_saves(started):
 def test_gpus_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(UsageError, match="--gpus 0: must be at least 1"):
         launch.check_gpus(0)
-    launch.check_gpus(7)  # on the CPU any number
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "cpus", lambda: 4)
+    launch.check_gpus(4)  # on the CPU as many as there are CPUs
+    with pytest.raises(UsageError, match="--gpus 64: this machine has 4 CPUs"):
+        launch.check_gpus(64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     launch.check_gpus(2)
-    with pytest.raises(UsageError, match="--gpus 3: this machine has 2"):
+    with pytest.raises(UsageError, match="--gpus 3: this machine has 2 GPUs"):
         launch.check_gpus(3)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "32"}.items():
+        monkeypatch.setenv(name, value)
+    launch.check_gpus(32)  # they are there, on other machines too
+    with pytest.raises(UsageError, match="--gpus 3: the launcher started 32"):
+        launch.check_gpus(3)
+
+
+def test_torchrun_is_asked_whether_it_knows_a_shutdown_timeout(started, monkeypatch):
+    """That option is newer than torch 2.10; an unknown one would end every command of several processes."""
+    assert launch.relaunch("eval", 3) == 0
+    assert started["options"].shutdown_timeout == launch.SHUTDOWN_SECONDS
+    parser = run.get_args_parser()
+    action = next(a for a in parser._actions if a.dest == "shutdown_timeout")
+    for group in parser._action_groups:
+        if action in group._group_actions:
+            group._group_actions.remove(action)
+    parser._actions.remove(action)
+    for word in action.option_strings:
+        del parser._option_string_actions[word]
+    monkeypatch.setattr(run, "get_args_parser", lambda: parser)
+    assert launch.relaunch("eval", 3) == 0
+    assert not hasattr(started["options"], "shutdown_timeout")
+
+
+def test_threads_are_shared_by_the_processes_of_this_machine(monkeypatch):
+    monkeypatch.setattr(launch, "cpus", lambda: 64)
+    assert (launch.threads(0), launch.threads(3), launch.threads(0, processes=4)) == (64, 3, 16)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert (launch.threads(0), launch.threads(16), launch.threads(3)) == (8, 2, 1)
+    before = torch.get_num_threads()
+    launch.set_threads(16)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_a_run_of_many_machines_makes_its_cache_with_this_machines_processes(monkeypatch):

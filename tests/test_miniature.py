@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.geneval import judge
-from flux2pixel.families.flux2 import Flux2
 from flux2pixel.miniature import detector, world
+from flux2pixel.models import base as bases
 
-FOLDER = bases.ALIASES["klein-tiny"]
+FOLDER = bases.resolve("klein-tiny")
 
 
 def test_scenes_are_a_function_of_the_seed():
@@ -86,7 +85,7 @@ def test_the_bundled_base_is_small_and_of_the_stock_classes():
 
 
 def test_the_vae_reconstructs_what_its_latents_carry():
-    base = Flux2(FOLDER)
+    base = bases.open_base(FOLDER)
     rgb = torch.from_numpy(np.stack([world.sample(70_000 + i).image for i in range(16)])).permute(0, 3, 1, 2) / 255
     z = base.encode(rgb)
     assert z.shape == (16, 16, base.latent_width) and base.patch_size == 8

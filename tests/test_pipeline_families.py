@@ -11,8 +11,8 @@ from text_encoders import write_text
 
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.convert.run import convert
-from flux2pixel.families import open_base
 from flux2pixel.families.base import take
+from flux2pixel.models.base import open_base
 from flux2pixel.models.model import open_model, seeded_noise
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError

@@ -9,15 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.cli import app
-from flux2pixel.families.base import stock_config
+from flux2pixel.families.configs import stock_config
 from flux2pixel.finetune.network import trainable
 from flux2pixel.finetune.plan import footprint
 from flux2pixel.finetune.plan.plan import GIB, plan
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError
 

@@ -15,7 +15,7 @@ from flux2pixel.evaluate import open_scorers
 from flux2pixel.evaluate.dpg_bench.questions import COLUMNS
 from flux2pixel.evaluate.hpsv3 import CATEGORIES, Hpsv3
 from flux2pixel.evaluate.report.comparable import comparable
-from flux2pixel.families import resolve
+from flux2pixel.models.base import resolve
 from flux2pixel.recipe import load
 from flux2pixel.subspace.run import fit_subspace
 

@@ -21,7 +21,7 @@ from flux2pixel.evaluate.fidelity import networks, streamed
 from flux2pixel.evaluate.fidelity.networks import Networks
 from flux2pixel.evaluate.fidelity.true_images import CROP, TrueImages, TrueSet, crops
 from flux2pixel.evaluate.suite import Prompt, Sample
-from flux2pixel.families import resolve
+from flux2pixel.models.base import resolve
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.subspace.run import fit_subspace

@@ -32,6 +32,11 @@ _SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size":
 _QWEN = {"hidden_size": 24, "num_key_value_heads": 1, "head_dim": 12, **_SMALL}
 
 
+def qwen3() -> tf.PreTrainedModel:
+    """30 hidden states of width 8: FLUX.2 klein reads up to the 27th."""
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**_QWEN | {"hidden_size": 8, "head_dim": 4, "num_hidden_layers": 30}))
+
+
 def clip(width: int, projection: int, cls: type = tf.CLIPTextModel) -> tf.PreTrainedModel:
     return cls(tf.CLIPTextConfig(hidden_size=width, projection_dim=projection, **_SMALL))
 
@@ -64,6 +69,32 @@ def mistral3() -> tf.PreTrainedModel:
     return tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(text_config=text, vision_config=vision))
 
 
+STOCK = {
+    "flux1-dev": ("FluxPipeline", "CLIPTextModel", "T5EncoderModel"),
+    "flux1-schnell": ("FluxPipeline", "CLIPTextModel", "T5EncoderModel"),
+    "flux2-dev": ("Flux2Pipeline", "Mistral3ForConditionalGeneration"),
+    "flux2-klein": ("Flux2KleinPipeline", "Qwen3ForCausalLM"),
+    "flux3": ("", "Qwen3VLForConditionalGeneration"),
+    "qwen-image": ("QwenImagePipeline", "Qwen2_5_VLForConditionalGeneration"),
+    "sd3.5-large": ("StableDiffusion3Pipeline", *["CLIPTextModelWithProjection"] * 2, "T5EncoderModel"),
+    "z-image": ("ZImagePipeline", "Qwen3Model"),
+}
+"""The stock pipeline of a tiny base (FLUX.3 has none) and its text encoders' classes, whole and with their heads."""
+
+
+def stock_text(folder: Path, name: str) -> dict:
+    """The text encoders and tokenizers of a written base, as its stock pipeline loads them, in float32."""
+    parts = {}
+    for number, kind in enumerate(STOCK[name][1:], 1):
+        part = f"text_encoder{f'_{number}' if number > 1 else ''}"
+        parts[part] = getattr(tf, kind).from_pretrained(folder / part, dtype=torch.float32).eval()
+    for path in folder.glob("tokenizer*"):
+        parts[path.name] = (tf.AutoProcessor if name in ("flux2-dev", "flux3") else tf.AutoTokenizer).from_pretrained(
+            path
+        )
+    return parts
+
+
 def write_text(folder: Path, name: str) -> None:
     """Write the text encoders and tokenizers of the tiny base ``name`` into its folder."""
     torch.manual_seed(7)
@@ -93,6 +124,8 @@ def write_text(folder: Path, name: str) -> None:
             image_end_token="<img>", chat_template=TEMPLATE,
         )  # fmt: skip
         parts, words = {"text_encoder": mistral3()}, {"tokenizer": processor}
+    elif name == "flux2-klein":
+        parts, words = {"text_encoder": qwen3()}, {"tokenizer": tokenizer(512)}
     else:
         raise ValueError(name)
     for part, model in {**parts, **words}.items():

@@ -3,22 +3,30 @@
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from finetuning import LORA, small
 from torch.distributed.tensor import DTensor
 
+from flux2pixel.cli import main
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
+from flux2pixel.evaluate import run as evaluation
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
-from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.recipe import load
+from flux2pixel.runtime import processes
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.launch import exit_process
+from flux2pixel.runtime.processes import join
+from flux2pixel.subspace import run as fit
 
 
 def kills(run: Path) -> None:
@@ -64,7 +72,8 @@ def _sabotage(kind: str, step: int) -> None:
 def two_ranks(run: Path) -> None:
     """LoRA under FSDP2: DTensors, the average against a whole one, an abort on all ranks, a checkpoint for one rank."""
     recipe = small(*LORA)
-    with parallel.team(recipe.finetune, lambda: stage.prepare(recipe, run, gpus=2)) as team:
+    with join(lambda: stage.prepare(recipe, run, gpus=2)) as alone:
+        team = parallel.meshed(alone, recipe.finetune.replicas)
         source, cache = stage.open_source(run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
         trainer = stage.build(recipe, source, team)
         state = trainer.state
@@ -109,7 +118,42 @@ def two_ranks(run: Path) -> None:
         print(f"rank {team.rank} of {team.world} done")
 
 
+def slow_leader(run: Path) -> None:
+    """A fit whose first process prepares and estimates for longer than a collective may take."""
+    processes.STEP = timedelta(seconds=4)
+    estimate = fit.estimate
+
+    def slow(*about):
+        time.sleep(8)
+        return estimate(*about)
+
+    fit.estimate = slow
+    with join(lambda: time.sleep(8)) as team:
+        values, words = team.sum([team.rank + 1, 1]), team.gather("ab"[team.rank])
+        print(f"joined {values} {words} from {team.broadcast(team.rank)}\n", end="", flush=True)
+    fit.fit_subspace(load(None, ["fit_subspace.images=8", "fit_subspace.batch=4", "threads=2"]), run)
+
+
+def one_fails(run: Path, rank: int, how: str) -> None:
+    """``flux2pixel eval`` in which one process fails at work while the other is in a barrier or a collective."""
+
+    def work(recipe, run, models, out, images, team):
+        if team.rank == rank:
+            time.sleep(3)
+            raise RuntimeError("torn shard") if how == "raise" else UsageError("wrong")
+        if rank:
+            team.sum([1.0])
+        team.barrier()
+
+    evaluation._evaluate = work
+    sys.argv = ["flux2pixel", "eval", "--run", str(run)]
+    main()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"kills": kills, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+    name, *words = sys.argv[1:]
+    if name == "one_fails":
+        one_fails(Path(words[0]), int(words[1]), words[2])
+    {"kills": kills, "two_ranks": two_ranks, "slow_leader": slow_leader}[name](Path(words[0]))
     exit_process(0)

@@ -81,7 +81,7 @@ def convert_command(
         if job.start(takes, [destination], dry_run):
             from flux2pixel.convert.run import convert
 
-            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras))
+            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras, overwrite))
         else:
             from flux2pixel.convert.prepare import prepare
 

@@ -81,8 +81,7 @@ def eval_command(
         _check(model or (), images or ())
         takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
         takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
-        # Only one of a launched run's processes writes the recipe.
-        if rank == 0 and not job.start(takes, [out or job.run / REPORT], dry_run):
+        if not job.start(takes, [out or job.run / REPORT], dry_run):
             return
         if gpus > 1 and not launch.launched():
             from flux2pixel.evaluate.run import check
@@ -103,11 +102,11 @@ def _fetch(recipe: Recipe) -> None:
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:
     """Refuse what is not there before anything heavy is imported."""
-    from flux2pixel.families import ALIASES, KNOWN
+    from flux2pixel.families.known import base_names
 
     for option, words in (("--model", models), ("--images", images)):
         for word in words:
             place = word.rpartition("=")[2].partition("+")[0]
-            if not Path(place).is_dir() and not (option == "--model" and place in {*ALIASES, *KNOWN}):
+            if not Path(place).is_dir() and not (option == "--model" and place in base_names()):
                 what = "a model folder, or a base" if option == "--model" else "a folder of images"
                 raise UsageError(f"{option} {word}: no such folder {place}; give {what}")

@@ -50,19 +50,16 @@ def finetune_command(
 
             typer.echo("\n".join(planned(job.recipe, job.run, gpus, images_per_second).lines()))
             return
-        # Only one of a launched run's processes writes the recipe.
-        if rank == 0 and not job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
+        launch.check_gpus(gpus)
+        if not job.start([model or job.run / CONVERTED], [out or job.run / FINETUNED], dry_run):
             return
-        from flux2pixel.finetune.network import parallel
         from flux2pixel.finetune.run import finetune
 
         if gpus != 1 and not launch.launched():
             from flux2pixel.finetune.run import prepare
 
-            launch.check_gpus(gpus)
             prepare(job.recipe, job.run, model, gpus)
             raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
-        parallel.check_launch(gpus)
         work = partial(finetune, job.recipe, job.run, model, out)
         if rank == 0:
             timed(job.run, "finetune", work)

@@ -1,5 +1,6 @@
 """``fit-subspace``, ``compare`` and ``export-subspace``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ def fit_subspace_command(
     debug: Debug = False,
 ) -> None:
     """Fit the low-rank basis that ties pixels to the base's latents."""
-    with one_line_errors(debug):
+    with one_line_errors(debug, silent=launch.rank() > 0):
         flags: dict[str, Any] = {"fit_subspace__source": images, "fit_subspace__rank": rank, "seed": seed}
         job = resolve(recipe, run, assignments, base=base, fit_subspace__method=method, **flags)
         for path in merge or ():
@@ -55,20 +56,21 @@ def fit_subspace_command(
         takes: list[Path | str] = [f"base {job.recipe.base}"]
         takes += merge or [image_source(job.recipe)]
         written = out or job.run / SUBSPACE
+        launch.check_gpus(gpus)
+        if not job.start(takes, [written], dry_run):
+            return
+        from flux2pixel.models.base import open_base
+        from flux2pixel.subspace.run import fit_subspace
+        from flux2pixel.subspace.settings import check
+
+        work = partial(fit_subspace, job.recipe, job.run, out, merge or ())
         if launch.rank():  # one process of a launched run, and not the one that writes
-            from flux2pixel.subspace.run import fit_subspace
-
-            fit_subspace(job.recipe, job.run, out, merge or ())
-        elif job.start(takes, [written], dry_run):
-            from flux2pixel.families import open_base
-            from flux2pixel.subspace.run import fit_subspace
-            from flux2pixel.subspace.settings import check
-
-            launch.check_gpus(gpus)
-            check(job.recipe, open_base(job.recipe.base))
-            if gpus > 1 and not launch.launched():
-                raise typer.Exit(launch.relaunch("fit-subspace", gpus))
-            timed(job.run, "fit_subspace", lambda: fit_subspace(job.recipe, job.run, out, merge or ()))
+            work()
+            return
+        check(job.recipe, open_base(job.recipe.base, parts=("vae",)))
+        if gpus > 1 and not launch.launched():
+            raise typer.Exit(launch.relaunch("fit-subspace", gpus))
+        timed(job.run, "fit_subspace", work)
 
 
 def compare_command(

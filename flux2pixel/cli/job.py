@@ -13,11 +13,10 @@ from typing import Any
 import typer
 
 from flux2pixel import recipe as recipes
-from flux2pixel.families import ALIASES
-from flux2pixel.families.known import KNOWN
+from flux2pixel.families.known import base_names
 from flux2pixel.recipe import Recipe, setting
 from flux2pixel.runtime import launch
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError, one_line
+from flux2pixel.runtime.errors import FailedElsewhere, Flux2PixelError, ProcessFailed, UsageError, exit_code, sentence
 from flux2pixel.runtime.files import write, write_json
 
 
@@ -29,7 +28,12 @@ class Job:
     run: Path
 
     def start(self, takes: Sequence[Path | str], writes: Sequence[Path], dry_run: bool) -> bool:
-        """Write the recipe into the run directory and return True; or, on a dry run, print the plan, return False."""
+        """Write the recipe into the run directory and return True; or, on a dry run, print the plan, return False.
+
+        Of a launched run's processes only one prints or writes; the answer is the same in all.
+        """
+        if launch.rank():
+            return not dry_run
         if dry_run:
             typer.echo(recipes.dumps(self.recipe))
             for taken in takes:
@@ -85,13 +89,12 @@ def one_line_errors(debug: bool, silent: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, FailedElsewhere):
             traceback.print_exc()
-        expected = isinstance(error, Flux2PixelError | OSError)
-        message = one_line(error) if expected else f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
-        if not (silent and expected):
-            typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+        common = silent and isinstance(error, Flux2PixelError | OSError) and not isinstance(error, ProcessFailed)
+        if not (common or isinstance(error, FailedElsewhere)):
+            typer.echo(f"error: {sentence(error)}", err=True)
+        raise typer.Exit(exit_code(error)) from error
 
 
 def check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | None = None) -> None:
@@ -99,7 +102,7 @@ def check(gpus: int = 1, models: Sequence[Path | None] = (), subspace: Path | No
     if gpus != 1:
         raise UsageError(f"--gpus {gpus}: only 1 device is supported now; leave it out")
     for model in models:
-        if model is not None and not model.is_dir() and str(model) not in {*ALIASES, *KNOWN}:
+        if model is not None and not model.is_dir() and str(model) not in base_names():
             raise UsageError(f"--model {model}: no such folder; give a converted or finetuned folder, or a base")
     if subspace is not None and not subspace.is_file():
         raise UsageError(f"--subspace {subspace}: no such file; write one with flux2pixel fit-subspace")

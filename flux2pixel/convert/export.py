@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flux2pixel import __version__
-from flux2pixel import families as bases
-from flux2pixel.families.base import Base, read_config
+from flux2pixel.families.configs import read_config
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import bar, log
@@ -136,7 +137,7 @@ def _pairs(
 def _lora(checkpoint: Checkpoint, reference: Checkpoint, names: list[str], rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     worst = 0.0
-    with bar("extract", len(names)) as progress:
+    with bar("extract", len(names), unit="layers") as progress:
         for name in names:
             new, old = checkpoint.tensors[name], reference.tensors[name]
             if len(new.shape) != 2:
@@ -154,7 +155,7 @@ def _changed(checkpoint: Checkpoint, reference: Checkpoint) -> list[str]:
     """Names of the tensors that differ. Raises Flux2PixelError if the two are not of one architecture."""
     check_names(checkpoint.files[0].parent, checkpoint, {n: stored.shape for n, stored in reference.tensors.items()})
     changed = []
-    with bar("compare", len(checkpoint.tensors)) as progress:
+    with bar("compare", len(checkpoint.tensors), unit="tensors") as progress:
         for name, stored in checkpoint.tensors.items():
             if not torch.equal(stored.read(), reference.tensors[name].read().to(DTYPES[stored.dtype])):
                 changed.append(name)
@@ -186,7 +187,7 @@ def _write(out: Path, outputs: list[Output], notes: Mapping[str, str]) -> None:
     broken: list[str] = []
 
     def save(temporary: Path) -> None:
-        with bar("export", sum(output.size for output in outputs)) as progress:
+        with bar("export", sum(output.size for output in outputs), unit="bytes") as progress:
             broken.extend(write_file(temporary, tuple(outputs), notes, progress)[1])
         if broken:
             raise Flux2PixelError(f"{out}: {', '.join(broken[:5])}: not finite in fp16; nothing was written")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import device
 from flux2pixel.runtime.progress import log
@@ -21,7 +21,7 @@ def fit_without_images(recipe: Recipe, base: Base, path: Path) -> Path:
     """
     log("convert: no subspace given; fitting one from the VAE alone (vae-jacobian, data-free)")
     log(f"note: one fitted on images fits images better: flux2pixel fit-subspace --base {recipe.base} --images FOLDER")
-    place = str(device.choose())
+    place = device.choose(float64=True)
     base.vae.to(place)
     moments = prior_moments(recipe, base, place)
     basis, scale = procrustes(moments)

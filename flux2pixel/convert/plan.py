@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flux2pixel.convert.fold import fold_tensor, folded_names
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.checkpoint import DTYPES, SINGLE, Checkpoint, Stored
 from flux2pixel.weights.write import Output

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.extras import Extras
 from flux2pixel.convert.plan import Plan, as_they_are, class_shapes, find_companions, fold_outputs, make_plan
-from flux2pixel.families.base import Base, read_config, stock_config
+from flux2pixel.families.configs import read_config, stock_config
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.models.folder import companion_parts
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError

@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
@@ -19,13 +17,13 @@ from flux2pixel.convert.fitting import fit_without_images
 from flux2pixel.convert.plan import Plan, class_shapes, index_of, linkable
 from flux2pixel.convert.prepare import prepare
 from flux2pixel.convert.verify import Proof, check_written, prove
-from flux2pixel.families.base import Base
-from flux2pixel.models.base import open_base
+from flux2pixel.models.base import Base, open_base
 from flux2pixel.models.folder import PixelFolder, digest_in_name, finish, write_folder
 from flux2pixel.models.sampler import Sampler, of_conversion
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.gather import vae_digest
 from flux2pixel.weights.checkpoint import INDEX, refuse
@@ -37,7 +35,12 @@ PUBLISHED = Sampler(steps=38, guidance=4.0, shift=17.0, solver="unipc", orthogon
 
 
 def convert(
-    recipe: Recipe, run: Path, subspace: Path | None = None, out: Path | None = None, extras: Extras | None = None
+    recipe: Recipe,
+    run: Path,
+    subspace: Path | None = None,
+    out: Path | None = None,
+    extras: Extras | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Fold the subspace into the base, write the result, prove it exact; returns the model's folder.
 
@@ -45,7 +48,7 @@ def convert(
     ``convert.tolerance``: nothing is left then. Without a subspace, given or in the run directory, one is fitted to the
     VAE alone, since that needs no images.
     """
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     extras = extras or Extras()
     flow, made_with = None, _digests(extras)
     if extras.adapter is None:
@@ -65,7 +68,7 @@ def convert(
     log(f"convert: base {base.folder}, {extras.adapter or subspace}")
     for caution in base.cautions():
         log(f"note: {caution}")
-    with files.new_folder(destination) as folder:
+    with files.new_folder(destination, "convert", overwrite) as folder:
         digests = write_transformer(job.plan, folder / "transformer", base.pixel_config(base.config), base, recipe)
         shapes = class_shapes(base.network_class(), base.pixel_config(base.config))
         written = check_written(folder / "transformer", job.plan, shapes)
@@ -107,7 +110,7 @@ def write_transformer(plan: Plan, folder: Path, config: dict[str, Any], base: Ba
     notes = {"format": "pt", "made_by": f"flux2pixel {__version__}", "base": recipe.base, "recipe": dumps(recipe)}
     digests: dict[str, Any] = {}
     broken: list[str] = []
-    with bar("convert", sum(shard.size for shard in plan.shards)) as progress:
+    with bar("convert", sum(shard.size for shard in plan.shards), unit="bytes") as progress:
         for shard in plan.shards:
             target = folder / shard.name
             if plan.link and shard.twin and link_or_copy(shard.twin, target):
@@ -128,7 +131,7 @@ def write_transformer(plan: Plan, folder: Path, config: dict[str, Any], base: Ba
 
 def copy_companions(plan: Plan, folder: Path) -> None:
     """Copy, or link, the base's text encoders, tokenizers and scheduler."""
-    with bar("keep", len(plan.companions)) as progress:
+    with bar("keep", len(plan.companions), unit="files") as progress:
         for name, path in plan.companions:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)

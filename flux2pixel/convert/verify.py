@@ -21,7 +21,8 @@ from torch import Tensor
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.convert.plan import Plan, class_shapes
-from flux2pixel.families.base import Base, stock_config
+from flux2pixel.families.configs import stock_config
+from flux2pixel.models.base import Base
 from flux2pixel.weights.checkpoint import Checkpoint, Stored, check_names, open_checkpoint, refuse
 from flux2pixel.weights.write import Output
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel import families as bases
 from flux2pixel.data import Buckets, Record, Rules, Tally, open_source, stream
 from flux2pixel.data.cache import INDEX, MANIFEST, Cache, Key, Shards, caption_digest, read_manifest
-from flux2pixel.families.base import Base
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files, launch
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -136,7 +136,7 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
     limit = recipe.finetune.images
     total = min(filter(None, (limit, source.count)), default=None)
     log(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
-    with bar("cache", total) as progress:
+    with bar("cache", total, unit="images") as progress:
         parts = _run_parts(recipe, folder, base, gpus, progress.advance)
     tally, items = Tally(recipe.data.max_broken), set()
     for part in parts:
@@ -192,8 +192,8 @@ def _finish(folder: Path, key: Key, recipe: Recipe, items: Iterable[tuple[str, s
     files.write_json(folder / MANIFEST, manifest)
 
 
-def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype, rank: int, world: int) -> Made:
-    torch.set_num_threads(max(1, recipe.threads // world))
+def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype | None, rank: int, world: int) -> Made:
+    launch.set_threads(recipe.threads, world)
     return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance)
 
 

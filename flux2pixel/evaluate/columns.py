@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Drawer, Key, Size
 from flux2pixel.evaluate.texts import Texts
+from flux2pixel.models import base as bases
 from flux2pixel.models.folder import equals_its_base, is_pixel_folder
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class StockDrawer:
         try:
             self._pipeline = DiffusionPipeline.from_pretrained(folder, dtype=kind)
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise Flux2PixelError(f"{folder}: cannot be loaded as a pipeline ({str(error).splitlines()[0]})") from error
+            raise Flux2PixelError(f"{folder}: cannot be loaded as a pipeline ({first_line(error)})") from error
         self._pipeline.set_progress_bar_config(disable=True)
         self._pipeline.to(place)
         if lora is not None:

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate import results
 from flux2pixel.evaluate.columns import Candidate, candidate, named
 from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.fidelity.compare import compare_with_images, compare_with_renders
 from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.processes import Processes, current
 from flux2pixel.evaluate.report.build import Gallery, write_report
 from flux2pixel.evaluate.report.claims import claims
 from flux2pixel.evaluate.report.comparable import comparable
@@ -32,9 +30,12 @@ from flux2pixel.evaluate.suite import Sample
 from flux2pixel.evaluate.suites import MINIATURE, NO_TRUTH, open_suites
 from flux2pixel.evaluate.texts import Texts
 from flux2pixel.miniature import world
+from flux2pixel.models import base as bases
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import device, files
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.launch import set_threads
+from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import log
 
 
@@ -51,34 +52,39 @@ def evaluate(
     ``images`` are ``[name=]folder`` in a suite's official layout. Under torchrun the work is shared and the first
     process writes the report. Raises UsageError before any work for what no run can mend.
     """
-    started = time.perf_counter()
-    torch.set_num_threads(recipe.threads)
-    processes = current()
+    set_threads(recipe.threads)
+    with join() as team:
+        return _evaluate(recipe, run, models, out, images, team)
+
+
+def _evaluate(
+    recipe: Recipe, run: Path, models: Sequence[str], out: Path | None, images: Sequence[str], team: Team
+) -> Path:
+    started, place = time.perf_counter(), team.device
     home = run / "eval"
-    place = device.choose()
     digests, texts, memo = (
         Digests(home / "digests.json"),
         Texts(),
-        Memo(home / "scores" / f"sets.{processes.rank}.json"),
+        Memo(home / "scores" / f"sets.{team.rank}.json"),
     )
     suites = open_suites(recipe, digests, memo, str(place))
     candidates = _candidates(recipe, run, models, images, digests, texts)
     tasks = [
-        Task(c, suite, recipe.seed, home, digests, processes.rank, recipe.eval.size > 0)
+        Task(c, suite, recipe.seed, home, digests, team.rank, recipe.eval.size > 0)
         for c in candidates
         for suite in suites
     ]
-    if processes.first:
+    if team.leads:
         if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE and not recipe.eval.reference:
             log(f"eval: fidelity is left out: {NO_TRUTH}")
         log("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
         log(f"eval: draws and scores on {device.describe(place)}")
     for one in candidates:
-        _work(one, [task for task in tasks if task.candidate is one], recipe, processes, texts)
+        _work(one, [task for task in tasks if task.candidate is one], recipe, team, texts)
     digests.save()
     page = out or run / "report.html"
-    processes.wait()
-    if processes.first:
+    team.barrier()
+    if team.leads:
         outcomes = [task.collect() for task in tasks]
         report = _report(recipe, run, outcomes, memo, digests, place)
         report["seconds"] = _seconds(run, time.perf_counter() - started)
@@ -89,7 +95,6 @@ def evaluate(
         for line in _lines(report):
             log(line)
         log(f"wrote {page}")
-    processes.end()
     return page
 
 
@@ -125,11 +130,11 @@ def _candidates(
     return found
 
 
-def _work(one: Candidate, tasks: Sequence[Task], recipe: Recipe, processes: Processes, texts: Texts) -> None:
+def _work(one: Candidate, tasks: Sequence[Task], recipe: Recipe, team: Team, texts: Texts) -> None:
     """Draw and score one candidate in every suite; its weights are loaded only if something is to be drawn."""
     drawer = None
     for task in tasks:
-        work = task.plan(processes, recipe.eval.batch)
+        work = task.plan(team, recipe.eval.batch)
         if work.draw:
             texts.expect(["", *(file.prompt.text for group in work.draw for file in group)])
             if drawer is None and one.open is not None:

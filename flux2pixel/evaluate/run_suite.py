@@ -15,12 +15,12 @@ from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.drawing import Clock, Drawer, Order
 from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.evaluate.ledger import Ledger
-from flux2pixel.evaluate.processes import Processes
 from flux2pixel.evaluate.scoring import Scoring, record_key
 from flux2pixel.evaluate.suite import Record, Sample
 from flux2pixel.evaluate.suites import Suite
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.processes import Team
 from flux2pixel.runtime.progress import bar, log
 
 SHOWN = 20  # faults printed one by one; the rest is counted
@@ -75,13 +75,13 @@ class Task:
         """The samples in a file."""
         return file.samples(self.suite.size_of(file.prompt))
 
-    def plan(self, processes: Processes, batch: int) -> Work:
+    def plan(self, team: Team, batch: int) -> Work:
         """What this process has to do. Its share of the files is fixed, so processes need not agree on what is done."""
         if self.order is None:
-            mine = processes.share([[file] for file in self.files])
+            mine = team.share([[file] for file in self.files])
             stale: set[Path] = set()
         else:
-            mine = processes.share(generate.batches(self.order, self.files, batch))
+            mine = team.share(generate.batches(self.order, self.files, batch))
             stale = {file.path for file in generate.stale(self.order, [file for group in mine for file in group])}
         draw = [[file for file in group if file.path in stale] for group in mine]
         whole = [file for group in mine for file in group if file.path not in stale]
@@ -103,7 +103,7 @@ class Task:
                 scoring = stack.enter_context(Scoring(self.suite.scorer, self.suite.digest, self.ledger, self._digests))
                 scoring.add(work.score)
             if total and drawer is not None and self.order is not None:
-                progress = stack.enter_context(bar(f"{self.suite.name} {self.candidate.name}", total))
+                progress = stack.enter_context(bar(f"{self.suite.name} {self.candidate.name}", total, unit="images"))
                 layout.write_companions(self.suite.name, self._folder, [f.prompt for group in work.draw for f in group])
                 for file in generate.draw(self.order, work.draw, drawer, batch, clock):
                     progress.advance(len(file.indices))

@@ -1,34 +1,36 @@
-"""What every family of bases offers: the interface that the four stages are written against.
+"""What every family of bases offers: the facts that the verbs are written against, and nothing on disk.
 
     B  images    h, w  token grid (H / p, W / p)    N = h w    r  latent token width    D  pixel token width (3 p p)
 
 Tokens run row by row and are channel-first, (c, ph, pw), latent and pixel alike, in every family; what order a
 transformer's own projections want is the family's business, here and in the fold.
+
+A :class:`Family` is made from the configurations of a checkpoint's parts, as published; a checkpoint on disk, with its
+weights, is :class:`flux2pixel.models.base.Base`.
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
+from flux2pixel.families.configs import init_config
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import quiet_libraries
 
 Conditioning = dict[str, Tensor]  # what a transformer is told beside tokens and time; the batch leads every value
 Reference = tuple[Tensor, tuple[int, int]]  # tokens (B, M, C) of a picture to edit, and their (h, w) grid
 Order = Literal["c,ph,pw", "ph,pw,c"]
 Guidance = Literal["cfg", "embedded", "none"]
-TEXT_BATCH = 64
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+TEXT_LENGTH = 512  # tokens that most families pad a prompt to
 
 
 def take(cond: Conditioning, index: Tensor | slice) -> Conditioning:
@@ -70,25 +72,35 @@ class Projections:
     output_order: Order = "c,ph,pw"
 
 
-class Base(ABC):
-    """A latent flow model in a diffusers folder, its parts loaded when first used, frozen and in eval mode.
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder as a family reads it: a class of transformers without a vocabulary head, and what is read of it.
 
-    Args:
-        folder: holds ``transformer/``, and what of ``vae/``, ``text_encoder*/``, ``tokenizer*/`` is asked for.
-        dtype: of transformer and text encoders; the VAE is float32 always.
+    ``states`` are the hidden states that the conditioning is made of, numbered as transformers does (0 is the
+    embedding, -1 the last, normed one); layers behind the deepest are not loaded. Empty: the model is used whole.
     """
 
-    device = torch.device("cpu")
-    """Where its parts go when they are loaded; to be set before the first is used."""
+    model: str
+    states: tuple[int, ...] = ()
 
-    family: ClassVar[str]
+
+class Family(ABC):
+    """The facts of one checkpoint of a family, from its configurations.
+
+    Args:
+        configs: of the parts by name, as in their ``config.json``: ``transformer``, ``vae``, ``model_index``,
+            ``scheduler``, ``text_encoder``, ...; absent ones are asked for only when needed.
+        where: the folder or Hub id they are from, for messages.
+    """
+
+    name: ClassVar[str]
     color_space: ClassVar[str] = "oklab-normalised"
     projections: ClassVar[Projections]
     lora_targets: ClassVar[tuple[str, ...]]
     """Regular expressions; a Linear whose full name matches one is finetuned by LoRA (all others are left alone)."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]], where: str = ""):
+        self.configs, self.where = configs, where or type(self).name
 
     # What a family must say -------------------------------------------------------------------------------------
 
@@ -102,17 +114,32 @@ class Base(ABC):
     def vae_class() -> Any:
         """The stock diffusers class of the VAE."""
 
+    @staticmethod
     @abstractmethod
-    def _to_latent(self, image: Tensor) -> Tensor:
-        """RGB in [-1, 1] (B, 3, H, W) -> normalised latent tokens (B, N, r)."""
+    def to_latent(vae: Any, image: Tensor) -> Tensor:
+        """RGB in [-1, 1] (B, 3, H, W) -> normalised latent tokens (B, N, r), by the stock ``vae``."""
+
+    @staticmethod
+    @abstractmethod
+    def from_latent(vae: Any, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Normalised latent tokens (B, N, r) -> RGB in [-1, 1], (B, 3, H, W), unclamped, by the stock ``vae``."""
+
+    @property
+    @abstractmethod
+    def encoders(self) -> dict[str, Encoder]:
+        """The text encoders by sub-folder."""
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> dict[str, str]:
+        """Sub-folders of the tokenizers and the class of transformers that reads each."""
 
     @abstractmethod
-    def _from_latent(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Normalised latent tokens (B, N, r) -> RGB in [-1, 1], (B, 3, H, W), unclamped."""
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
+        """Conditioning of distinct prompts, as the family's own pipeline makes it.
 
-    @abstractmethod
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of at most TEXT_BATCH distinct prompts, as the family's own pipeline makes it."""
+        ``parts`` are the loaded :attr:`encoders` and :attr:`tokenizers` by name.
+        """
 
     @staticmethod
     @abstractmethod
@@ -129,7 +156,7 @@ class Base(ABC):
         Args:
             tokens: (B, N, C), C = r or D.
             time: (B,), the noise level in [0, 1] whatever the class itself wants.
-            cond: of :meth:`text`; ``guidance`` (B,) in it goes to networks with embedded guidance.
+            cond: of :meth:`embed`; ``guidance`` (B,) in it goes to networks with embedded guidance.
             grid: (h, w) with h w = N.
             references: pictures to edit, as tokens of the same width. Raises UsageError if the family takes none.
 
@@ -160,42 +187,84 @@ class Base(ABC):
     def guidance(self) -> Guidance:
         """How the base is guided: by two forwards, by a number given to the network, or not at all."""
 
+    @staticmethod
+    def mu(scheduler: Any, steps: int, tokens: int) -> float | None:
+        """The shift exponent that the family's pipeline gives its scheduler for this many steps and tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = scheduler.config
+        return float(
+            calculate_shift(
+                tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+            )
+        )
+
     # What families share ----------------------------------------------------------------------------------------
+
+    def __getitem__(self, part: str) -> Mapping[str, Any]:
+        """The configuration of a part as written. Raises UsageError naming the file if the checkpoint has none."""
+        if part not in self.configs:
+            raise UsageError(f"{self.where}/{part}/config.json: missing; the folder is not a complete diffusers model")
+        return self.configs[part]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformer's constructor arguments: as written, defaults filled in, unknown keys left out.
+
+        Raises UsageError naming the key if a value cannot be.
+        """
+        return init_config(self.network_class(), self["transformer"], f"{self.where}/transformer/config.json")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's constructor arguments, likewise."""
+        return init_config(self.vae_class(), self["vae"], f"{self.where}/vae/config.json")
 
     @property
     def token_width(self) -> int:
         """D: numbers per pixel token."""
         return 3 * self.patch_size**2
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The transformer's configuration, as written in the folder."""
-        return read_config(self.folder / "transformer" / "config.json")
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """The VAE's configuration, as written in the folder."""
-        return read_config(self.folder / "vae" / "config.json")
-
     @property
     def distilled(self) -> bool:
         """Whether the checkpoint was distilled to few steps, which switches guidance off."""
-        index = self.folder / "model_index.json"
-        return bool(index.is_file() and read_config(index).get("is_distilled"))
+        return bool(self.configs.get("model_index", {}).get("is_distilled"))
 
     def cautions(self) -> list[str]:
         """What a user of this checkpoint should know before building on it, a line each."""
-        lines = []
+        name, lines = self.where.rsplit("/", 1)[-1], []
         if self.distilled:
             lines.append(
-                f"{self.folder.name} is distilled to few steps: it takes no guidance, and finetuning undoes the "
+                f"{name} is distilled to few steps: it takes no guidance, and finetuning undoes the "
                 "distillation; its undistilled base is the better start (flux2pixel bases)"
             )
         elif self.guidance == "embedded":
-            lines.append(
-                f"{self.folder.name} takes its guidance as a number: there is no unguided branch to push away from"
-            )
+            lines.append(f"{name} takes its guidance as a number: there is no unguided branch to push away from")
         return lines
+
+    def text_length(self, parts: Mapping[str, Any]) -> int:
+        """Tokens that a prompt is at most padded to."""
+        return TEXT_LENGTH
+
+    def time_grid(self, scheduler: Any, steps: int, tokens: int) -> Tensor:
+        """The latent base's own noise levels, as its own pipeline makes them: (steps + 1,), from 1 or so down to 0.
+
+        Args:
+            scheduler: the base's diffusers scheduler; it is not changed.
+            steps: of sampling.
+            tokens: N of the image, on which a dynamic shift depends.
+        """
+        own = type(scheduler).from_config(scheduler.config)
+        given: dict[str, Any] = {"mu": self.mu(own, steps, tokens)} if own.config.use_dynamic_shifting else {}
+        sigmas = self.start_levels(steps)
+        own.set_timesteps(**({"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}), **given)
+        levels: Tensor = own.sigmas
+        return levels
+
+    @staticmethod
+    def start_levels(steps: int) -> list[float] | None:
+        """The levels that the family's pipeline hands its scheduler before any shift; None: the scheduler's own."""
+        return np.linspace(1.0, 1 / steps, steps).tolist()
 
     def branches(
         self,
@@ -243,47 +312,6 @@ class Base(ABC):
         """The name, in the model of ``config``, of a tensor that the model of its :meth:`shallow` calls ``name``."""
         return name
 
-    @cached_property
-    def vae(self) -> Any:
-        """The stock VAE, float32."""
-        return self.load("vae", self.vae_class(), torch_dtype=torch.float32).eval().requires_grad_(False)
-
-    @cached_property
-    def transformer(self) -> Any:
-        """The stock latent transformer."""
-        loaded = self.load("transformer", self.network_class(), torch_dtype=self.dtype)
-        return loaded.eval().requires_grad_(False)
-
-    def load(self, part: str, loader: Any, **options: Any) -> Any:
-        """``loader.from_pretrained`` of a sub-folder; UsageError naming the folder if that fails."""
-        quiet_libraries()
-        try:
-            loaded = loader.from_pretrained(self.folder / part, **options)
-            return loaded.to(self.device) if isinstance(loaded, nn.Module) else loaded
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder}/{part}: cannot be loaded ({str(error).splitlines()[0]})") from error
-
-    def load_encoder(self, part: str, loader: Any) -> Any:
-        """A text encoder of transformers, in ``dtype``, frozen."""
-        return self.load(part, loader, dtype=self.dtype).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, rgb: Tensor) -> Tensor:
-        """sRGB in [0, 1], (B, 3, H, W) -> normalised, packed latent tokens (B, N, r)."""
-        return self._to_latent(rgb * 2 - 1)
-
-    def decode(self, z: Tensor, height: int, width: int) -> Tensor:
-        """Latent tokens (B, N, r) -> sRGB (B, 3, height, width), unclamped and differentiable."""
-        return self._from_latent(z, (height // self.patch_size, width // self.patch_size)) / 2 + 0.5
-
-    @torch.no_grad()
-    def text(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, each distinct one once; the batch is in the order of ``prompts``, in ``dtype``."""
-        distinct = list(dict.fromkeys(prompts))
-        chunks = (distinct[first : first + TEXT_BATCH] for first in range(0, len(distinct), TEXT_BATCH))
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        return take(stack(*map(self._embed, chunks)), torch.tensor([row[prompt] for prompt in prompts]))
-
 
 def refuse_references(family: str, references: Sequence[Reference]) -> None:
     """Raise UsageError if there are pictures to edit, for families that take none."""
@@ -291,17 +319,9 @@ def refuse_references(family: str, references: Sequence[Reference]) -> None:
         raise UsageError(f"{family} takes no reference images; leave them out, or use a FLUX.2 base")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a ``config.json`` or ``model_index.json``. Raises UsageError naming the file if it is not JSON."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: missing; the folder is not a complete diffusers model") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error}); download it again") from error
-    return config
+def device_of(module: Any) -> torch.device:
+    """Where the inputs of a model belong: its own device, or that of its turn if it waits elsewhere."""
+    from diffusers.utils.torch_utils import get_module_execution_device
 
-
-def stock_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments out of a written configuration: without diffusers' own ``_`` entries."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    device: torch.device = get_module_execution_device(module)
+    return device

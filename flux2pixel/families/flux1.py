@@ -5,23 +5,31 @@ Facts: diffusers' FluxPipeline. The transformer is given sigma in [0, 1] and pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from flux2pixel.families.base import Conditioning, Guidance, Projections, Reference, refuse_references, stock_config
-from flux2pixel.families.kl import KLBase
+from flux2pixel.families.base import (
+    Conditioning,
+    Encoder,
+    Guidance,
+    Projections,
+    Reference,
+    device_of,
+    refuse_references,
+)
+from flux2pixel.families.configs import stock_config
+from flux2pixel.families.kl import KLFamily
 
 DEFAULT_GUIDANCE = 3.5  # FLUX.1 dev's own, for calls that name none
 
 
-class Flux1(KLBase):
+class Flux1(KLFamily):
     """A FLUX.1 checkpoint; dev takes its guidance as a number, schnell takes none."""
 
-    family = "flux1"
+    name = "flux1"
     projections = Projections(inputs=("x_embedder",), output="proj_out", modulation="norm_out.linear")
     lora_targets = (
         r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
@@ -38,7 +46,7 @@ class Flux1(KLBase):
     @property
     def distilled(self) -> bool:
         """Schnell is the distilled one, and the one without a guidance embedding."""
-        return not self.config.get("guidance_embeds", False)
+        return not self["transformer"].get("guidance_embeds", False)
 
     @property
     def guidance(self) -> Guidance:
@@ -47,29 +55,26 @@ class Flux1(KLBase):
     def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
 
-    @cached_property
-    def _prompts(self) -> Any:
-        """The stock pipeline with nothing but its text encoders."""
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        return {"text_encoder": Encoder("CLIPTextModel"), "text_encoder_2": Encoder("T5EncoderModel")}
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return {"tokenizer": "AutoTokenizer", "tokenizer_2": "AutoTokenizer"}
+
+    def text_length(self, parts: Mapping[str, Any]) -> int:
+        return 256 if self.distilled else 512
+
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers import FluxPipeline
-        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-        return FluxPipeline(
-            scheduler=None,
-            vae=None,
-            transformer=None,
-            text_encoder=self.load_encoder("text_encoder", CLIPTextModel),
-            text_encoder_2=self.load_encoder("text_encoder_2", T5EncoderModel),
-            tokenizer=self.load("tokenizer", AutoTokenizer),
-            tokenizer_2=self.load("tokenizer_2", AutoTokenizer),
-        )
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        pipeline = self._prompts
+        pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
         text, pooled, _ = pipeline.encode_prompt(
             prompts,
             prompt_2=None,
-            device=pipeline.text_encoder_2.device,
-            max_sequence_length=256 if self.distilled else 512,
+            device=device_of(parts["text_encoder_2"]),
+            max_sequence_length=self.text_length(parts),
         )
         return {"text": text, "pooled": pooled}
 

@@ -5,21 +5,22 @@ Facts: diffusers' FLUX.2 pipelines. The transformer is given sigma in [0, 1] and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from flux2pixel.families.base import Base, Conditioning, Guidance, Projections, Reference, read_config, stock_config
+from flux2pixel.families.base import TEXT_LENGTH, Conditioning, Encoder, Family, Guidance, Projections, Reference
+from flux2pixel.families.configs import stock_config
 
 DEFAULT_GUIDANCE = 4.0  # FLUX.2 dev's own, for calls that name none
+QWEN_STATES, MISTRAL_STATES = (9, 18, 27), (10, 20, 30)  # hidden states, joined token by token
 REFERENCE_SPACING = 10  # of the pictures to edit, along the time axis of the position ids
 
 
-class FluxVae(Base):
+class FluxVae(Family):
     """A family on AutoencoderKLFlux2: packed 2 x 2, each of the packed numbers normalised by its own statistics."""
 
     @staticmethod
@@ -37,26 +38,29 @@ class FluxVae(Base):
     def patch_size(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1) * int(self.vae_config["patch_size"][0])
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        norm = self.vae.bn
-        deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
-
-    def _to_latent(self, image: Tensor) -> Tensor:
-        mean, deviation = self._statistics()
-        z = F.pixel_unshuffle(self.vae.encode(image).latent_dist.mode(), 2)
+    @staticmethod
+    def to_latent(vae: Any, image: Tensor) -> Tensor:
+        mean, deviation = _statistics(vae)
+        z = F.pixel_unshuffle(vae.encode(image).latent_dist.mode(), 2)
         return ((z - mean) / deviation).flatten(2).mT.contiguous()
 
-    def _from_latent(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
-        mean, deviation = self._statistics()
+    @staticmethod
+    def from_latent(vae: Any, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        mean, deviation = _statistics(vae)
         packed = z.mT.unflatten(2, grid)
-        return self.vae.decode(F.pixel_shuffle(packed * deviation + mean, 2)).sample
+        image: Tensor = vae.decode(F.pixel_shuffle(packed * deviation + mean, 2)).sample
+        return image
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    return vae.bn.running_mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
 
 class Flux2(FluxVae):
     """A FLUX.2 checkpoint; klein reads prompts with Qwen3, dev with Mistral 3."""
 
-    family = "flux2"
+    name = "flux2"
     projections = Projections(inputs=("x_embedder",), output="proj_out", modulation="norm_out.linear")
     lora_targets = (
         r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)",
@@ -72,47 +76,51 @@ class Flux2(FluxVae):
 
     @property
     def guidance(self) -> Guidance:
-        if self.config.get("guidance_embeds", True):
+        if self["transformer"].get("guidance_embeds", True):
             return "embedded"
         return "none" if self.distilled else "cfg"
 
     def cautions(self) -> list[str]:
         lines = super().cautions()
-        if self.guidance == "cfg" and not (self.folder / "model_index.json").is_file():
-            lines.append(f"{self.folder} has no model_index.json, which alone says if it is distilled: taken as not")
+        if self.guidance == "cfg" and "model_index" not in self.configs:
+            lines.append(f"{self.where} has no model_index.json, which alone says if it is distilled: taken as not")
         return lines
 
     def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return stock_config(config) | {"in_channels": self.token_width, "out_channels": self.token_width}
 
-    @cached_property
-    def text_encoder(self) -> Any:
-        """Qwen3 or Mistral 3, by the folder's own configuration."""
+    @property
+    def encoders(self) -> dict[str, Encoder]:
         if self._reads_mistral:
-            from transformers import Mistral3ForConditionalGeneration as Encoder
-        else:
-            from transformers import Qwen3ForCausalLM as Encoder
-        return self.load_encoder("text_encoder", Encoder)
+            return {"text_encoder": Encoder("Mistral3Model", MISTRAL_STATES)}
+        return {"text_encoder": Encoder("Qwen3Model", QWEN_STATES)}
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import AutoProcessor, AutoTokenizer
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return {"tokenizer": "AutoProcessor" if self._reads_mistral else "AutoTokenizer"}
 
-        return self.load("tokenizer", AutoProcessor if self._reads_mistral else AutoTokenizer)
-
-    @cached_property
+    @property
     def _reads_mistral(self) -> bool:
-        return read_config(self.folder / "text_encoder" / "config.json").get("model_type") == "mistral3"
+        return self["text_encoder"].get("model_type") == "mistral3"
 
-    def _embed(self, prompts: list[str]) -> Conditioning:
+    def text_length(self, parts: Mapping[str, Any]) -> int:
+        """The miniature was trained with 12 text tokens; real bases take 512. Both say so in their tokenizer."""
+        return TEXT_LENGTH if self._reads_mistral else min(TEXT_LENGTH, int(parts["tokenizer"].model_max_length))
+
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
-        if self._reads_mistral:
-            embed, length = Flux2Pipeline._get_mistral_3_small_prompt_embeds, 512
-        else:
-            # The miniature was trained with 12 text tokens; real bases take 512. Both say so in their tokenizer.
-            embed, length = Flux2KleinPipeline._get_qwen3_prompt_embeds, min(512, int(self.tokenizer.model_max_length))
-        return {"text": embed(self.text_encoder, self.tokenizer, prompt=prompts, max_sequence_length=length)}
+        stock = Flux2Pipeline._get_mistral_3_small_prompt_embeds
+        if not self._reads_mistral:
+            stock = Flux2KleinPipeline._get_qwen3_prompt_embeds
+        length, encoder = self.text_length(parts), parts["text_encoder"]
+        return {"text": stock(encoder, parts["tokenizer"], prompt=prompts, max_sequence_length=length)}
+
+    @staticmethod
+    def mu(scheduler: Any, steps: int, tokens: int) -> float | None:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return float(compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:

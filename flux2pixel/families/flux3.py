@@ -6,18 +6,18 @@ at time 0, told apart on the l axis. The step-distilled checkpoint is a flow map
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from flux2pixel.families.base import Conditioning, Guidance, Projections, Reference, stack, stock_config
+from flux2pixel.families.base import Conditioning, Encoder, Guidance, Projections, Reference, stack
+from flux2pixel.families.configs import stock_config
 from flux2pixel.families.flux2 import FluxVae
 from flux2pixel.runtime.errors import UsageError
 
+TEXT_STATES = (4, 8, 12, 16, 20, 24, 28, 32)  # hidden states, joined token by token
 POSITION_SCALE = 0.5  # of the h and w position ids, as trained
 
 
@@ -28,7 +28,7 @@ class Flux3(FluxVae):
     from which no clean image can be recovered at one.
     """
 
-    family = "flux3"
+    name = "flux3"
     projections = Projections(
         inputs=("x_embedders.image", "x_embedders.image_cond"), output="proj_out", modulation="norm_out.linear"
     )
@@ -37,11 +37,11 @@ class Flux3(FluxVae):
         r"timestep_embedder\.linear_[12]",
     )
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        super().__init__(folder, dtype)
-        if self.config.get("flow_map"):
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]], where: str = ""):
+        super().__init__(configs, where)
+        if self["transformer"].get("flow_map"):
             raise UsageError(
-                f"{folder}/transformer: a flow map (step-distilled) cannot be converted; use flux3-klein, its base"
+                f"{self.where}/transformer: a flow map (step-distilled) cannot be converted; use flux3-klein, its base"
             )
 
     @staticmethod
@@ -57,24 +57,20 @@ class Flux3(FluxVae):
     def pixel_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return stock_config(config) | {"in_channels": self.token_width, "cond_in_channels": self.token_width}
 
-    @cached_property
-    def text_encoder(self) -> Any:
-        from transformers import Qwen3VLForConditionalGeneration
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        return {"text_encoder": Encoder("Qwen3VLModel", TEXT_STATES)}
 
-        return self.load_encoder("text_encoder", Qwen3VLForConditionalGeneration)
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return {"tokenizer": "AutoProcessor"}
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import AutoProcessor
-
-        return self.load("tokenizer", AutoProcessor)
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 
-        embed = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
+        stock = Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
         # One prompt per call: the window is sized by the prompt, and the transformer attends to all of it.
-        texts = [embed(self.text_encoder, self.tokenizer, prompt) for prompt in prompts]
+        texts = [stock(parts["text_encoder"], parts["tokenizer"], prompt) for prompt in prompts]
         return stack(*({"text": text, "mask": torch.ones_like(text[..., 0], dtype=torch.bool)} for text in texts))
 
     @staticmethod

@@ -7,12 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux2pixel.families.base import Base
+from flux2pixel.families.base import Family
 
 PACK = 2  # latents along the side of a token
 
 
-class KLBase(Base):
+class KLFamily(Family):
     """A family on diffusers' AutoencoderKL with one scale and one shift for all channels."""
 
     @staticmethod
@@ -29,13 +29,15 @@ class KLBase(Base):
     def patch_size(self) -> int:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1) * PACK)
 
-    def _to_latent(self, image: Tensor) -> Tensor:
-        config = self.vae.config
-        z = (self.vae.encode(image).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    @staticmethod
+    def to_latent(vae: Any, image: Tensor) -> Tensor:
+        config = vae.config
+        z = (vae.encode(image).latent_dist.mode() - config.shift_factor) * config.scaling_factor
         return F.pixel_unshuffle(z, PACK).flatten(2).mT.contiguous()
 
-    def _from_latent(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
-        config = self.vae.config
+    @staticmethod
+    def from_latent(vae: Any, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        config = vae.config
         packed = F.pixel_shuffle(z.mT.unflatten(2, grid), PACK)
-        image: Tensor = self.vae.decode(packed / config.scaling_factor + config.shift_factor).sample
+        image: Tensor = vae.decode(packed / config.scaling_factor + config.shift_factor).sample
         return image

@@ -5,8 +5,7 @@ Facts: diffusers' QwenImagePipeline. The transformer is given sigma in [0, 1] an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,23 +13,25 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from flux2pixel.families.base import (
-    Base,
+    TEXT_LENGTH,
     Conditioning,
+    Encoder,
+    Family,
     Guidance,
     Projections,
     Reference,
+    device_of,
     refuse_references,
-    stock_config,
 )
+from flux2pixel.families.configs import stock_config
 
 PACK = 2  # latents along the side of a token
-TEXT_LENGTH = 512  # the pipeline's default
 
 
-class QwenImage(Base):
+class QwenImage(Family):
     """A Qwen-Image text-to-image checkpoint, read by Qwen2.5-VL, guided by two forwards."""
 
-    family = "qwen-image"
+    name = "qwen-image"
     projections = Projections(inputs=("img_in",), output="proj_out", modulation="norm_out.linear")
     lora_targets = (
         r"transformer_blocks\.\d+\.(img|txt)_mlp\.net\.(0\.proj|2)",
@@ -76,40 +77,33 @@ class QwenImage(Base):
         length = guided.norm(dim=-1, keepdim=True)
         return guided * (conditional.norm(dim=-1, keepdim=True) / length.clamp(min=torch.finfo(guided.dtype).tiny))
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        config, like = self.vae.config, next(self.vae.parameters())
-        mean, deviation = (torch.tensor(v).to(like) for v in (config.latents_mean, config.latents_std))
-        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
-
-    def _to_latent(self, image: Tensor) -> Tensor:
-        mean, deviation = self._statistics()
-        z = self.vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    @staticmethod
+    def to_latent(vae: Any, image: Tensor) -> Tensor:
+        mean, deviation = _statistics(vae)
+        z = vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2)
         return F.pixel_unshuffle((z - mean) / deviation, PACK).flatten(2).mT.contiguous()
 
-    def _from_latent(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
-        mean, deviation = self._statistics()
+    @staticmethod
+    def from_latent(vae: Any, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        mean, deviation = _statistics(vae)
         packed = F.pixel_shuffle(z.mT.unflatten(2, grid), PACK)
-        image: Tensor = self.vae.decode((packed * deviation + mean).unsqueeze(2)).sample
+        image: Tensor = vae.decode((packed * deviation + mean).unsqueeze(2)).sample
         return image.squeeze(2)
 
-    @cached_property
-    def _prompts(self) -> Any:
-        """The stock pipeline with nothing but its text encoder."""
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        return {"text_encoder": Encoder("Qwen2_5_VLModel", (-1,))}
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return {"tokenizer": "AutoTokenizer"}
+
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers import QwenImagePipeline
-        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-        return QwenImagePipeline(
-            scheduler=None,
-            vae=None,
-            transformer=None,
-            text_encoder=self.load_encoder("text_encoder", Qwen2_5_VLForConditionalGeneration),
-            tokenizer=self.load("tokenizer", AutoTokenizer),
-        )
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        pipeline = self._prompts
+        pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, **parts)
         text, mask = pipeline.encode_prompt(
-            prompts, device=pipeline.text_encoder.device, max_sequence_length=TEXT_LENGTH
+            prompts, device=device_of(parts["text_encoder"]), max_sequence_length=TEXT_LENGTH
         )
         if mask is None:
             mask = torch.ones(text.shape[:2], device=text.device)
@@ -141,3 +135,9 @@ class QwenImage(Base):
             return_dict=False,
         )[0]
         return v
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    config, like = vae.config, next(vae.parameters())
+    mean, deviation = (torch.tensor(v).to(like) for v in (config.latents_mean, config.latents_std))
+    return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)

@@ -5,22 +5,30 @@ Facts: diffusers' StableDiffusion3Pipeline. The transformer takes images, is giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from flux2pixel.families.base import Conditioning, Guidance, Projections, Reference, refuse_references, stock_config
-from flux2pixel.families.kl import KLBase
+from flux2pixel.families.base import (
+    Conditioning,
+    Encoder,
+    Guidance,
+    Projections,
+    Reference,
+    device_of,
+    refuse_references,
+)
+from flux2pixel.families.configs import stock_config
+from flux2pixel.families.kl import KLFamily
 
 
-class SD3(KLBase):
+class SD3(KLFamily):
     """An SD3.5 checkpoint: two CLIPs and T5 in, guided by two forwards."""
 
-    family = "sd3"
+    name = "sd3"
     projections = Projections(
         inputs=("pos_embed.proj",), output="proj_out", modulation="norm_out.linear", output_order="ph,pw,c"
     )
@@ -56,30 +64,27 @@ class SD3(KLBase):
     def deep_name(name: str, config: dict[str, Any]) -> str:
         return name.replace("transformer_blocks.1.", f"transformer_blocks.{config['num_layers'] - 1}.", 1)
 
-    @cached_property
-    def _prompts(self) -> Any:
-        """The stock pipeline with nothing but its text encoders."""
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        clip = Encoder("CLIPTextModelWithProjection")
+        return {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": Encoder("T5EncoderModel")}
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "AutoTokenizer")
+
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers import StableDiffusion3Pipeline
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-        return StableDiffusion3Pipeline(
-            transformer=None,
-            scheduler=None,
-            vae=None,
-            text_encoder=self.load_encoder("text_encoder", CLIPTextModelWithProjection),
-            text_encoder_2=self.load_encoder("text_encoder_2", CLIPTextModelWithProjection),
-            text_encoder_3=self.load_encoder("text_encoder_3", T5EncoderModel),
-            tokenizer=self.load("tokenizer", AutoTokenizer),
-            tokenizer_2=self.load("tokenizer_2", AutoTokenizer),
-            tokenizer_3=self.load("tokenizer_3", AutoTokenizer),
-        )
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        pipeline = self._prompts
+        pipeline = StableDiffusion3Pipeline(transformer=None, scheduler=None, vae=None, **parts)
         text, _, pooled, _ = pipeline.encode_prompt(
-            prompts, None, None, device=pipeline.text_encoder_3.device, do_classifier_free_guidance=False
+            prompts, None, None, device=device_of(parts["text_encoder_3"]), do_classifier_free_guidance=False
         )
         return {"text": text, "pooled": pooled}
+
+    @staticmethod
+    def start_levels(steps: int) -> list[float] | None:
+        return None
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:

@@ -7,8 +7,8 @@ and predicts x0 - eps. Its projections are named after the patch size, so their 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,23 +18,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flux2pixel.families.base import (
     Conditioning,
+    Encoder,
     Guidance,
     Projections,
     Reference,
-    read_config,
+    device_of,
     refuse_references,
-    stock_config,
 )
-from flux2pixel.families.kl import KLBase
+from flux2pixel.families.configs import stock_config
+from flux2pixel.families.kl import KLFamily
 
 _PATCHED = re.compile(r"^(all_x_embedder|all_final_layer)\.2-1(?=\.|$)")
 BASE_SHIFT = 6.0  # of the undistilled model's scheduler; Turbo's is 3
 
 
-class ZImage(KLBase):
+class ZImage(KLFamily):
     """A Z-Image checkpoint, read by Qwen3; the undistilled one is guided by two forwards."""
 
-    family = "z-image"
+    name = "z-image"
     projections = Projections(
         inputs=("all_x_embedder.2-1",),
         output="all_final_layer.2-1.linear",
@@ -53,11 +54,10 @@ class ZImage(KLBase):
 
         return ZImageTransformer2DModel
 
-    @cached_property
+    @property
     def distilled(self) -> bool:
         """Turbo: the scheduler's shift is the only published difference between its configuration and the base's."""
-        scheduler = self.folder / "scheduler" / "scheduler_config.json"
-        return scheduler.is_file() and read_config(scheduler).get("shift", BASE_SHIFT) < BASE_SHIFT
+        return bool(self.configs.get("scheduler", {}).get("shift", BASE_SHIFT) < BASE_SHIFT)
 
     @property
     def guidance(self) -> Guidance:
@@ -82,29 +82,28 @@ class ZImage(KLBase):
             guided = guided * (limit / length.clamp(min=torch.finfo(guided.dtype).tiny)).clamp(max=1)
         return guided
 
-    @cached_property
-    def _prompts(self) -> Any:
-        """The stock pipeline with nothing but its text encoder."""
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        return {"text_encoder": Encoder("Qwen3Model", (-2,))}
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        return {"tokenizer": "AutoTokenizer"}
+
+    def embed(self, parts: Mapping[str, Any], prompts: list[str]) -> Conditioning:
         from diffusers import ZImagePipeline
-        from transformers import AutoTokenizer, Qwen3Model
 
-        return ZImagePipeline(
-            scheduler=None,
-            vae=None,
-            transformer=None,
-            text_encoder=self.load_encoder("text_encoder", Qwen3Model),
-            tokenizer=self.load("tokenizer", AutoTokenizer),
-        )
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        pipeline = self._prompts
-        # encode_prompt writes the chat template into the list it is given.
-        embedded, _ = pipeline.encode_prompt(
-            list(prompts), device=pipeline.text_encoder.device, do_classifier_free_guidance=False
+        # The stock method asks its pipeline for these two alone; it writes the chat template into the list it is given.
+        embedded = ZImagePipeline._encode_prompt(
+            SimpleNamespace(**parts), list(prompts), device=device_of(parts["text_encoder"])
         )
         text = pad_sequence(embedded, batch_first=True)
         lengths = torch.tensor([len(one) for one in embedded], device=text.device)
         return {"text": text, "mask": torch.arange(text.shape[1], device=text.device) < lengths.view(-1, 1)}
+
+    @staticmethod
+    def start_levels(steps: int) -> list[float] | None:
+        return torch.linspace(1.0, 1 / steps, steps).tolist()
 
     @staticmethod
     def random_conditioning(config: dict[str, Any], count: int, generator: Generator) -> Conditioning:

@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux2pixel import families as bases
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
-from flux2pixel.families.base import Base
 from flux2pixel.finetune import samples
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.log import Log, check_trackers, memory
 from flux2pixel.finetune.network import checkpoint, export, parallel
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.quantise import quantise
 from flux2pixel.finetune.network.trainable import lora_modules
 from flux2pixel.finetune.network.trainable import prepare as mark_trainable
@@ -34,11 +31,14 @@ from flux2pixel.finetune.step.objective import LatentReference, Objective, Share
 from flux2pixel.finetune.step.perceptual import load_lpips
 from flux2pixel.finetune.step.trainer import Stepped, Trainer
 from flux2pixel.finetune.validation import Held, Validation, hold_out
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.models.folder import read_folder
 from flux2pixel.models.model import PixelModel
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files, launch
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import Bar, bar, log
 
 STOPPED = "finetune-stopped.json"
@@ -133,11 +133,17 @@ def finetune(recipe: Recipe, run: Path, model: Path | None = None, out: Path | N
 
     In a launched process, one of the run's; else alone. A signal saves, marks ``finetune-stopped.json`` and exits 0.
     """
-    torch.set_num_threads(max(1, recipe.threads // launch.world_size()))
+    launch.set_threads(recipe.threads, processes=1)  # the leading process prepares alone
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
-    with parallel.team(recipe.finetune, lambda: prepare(recipe, run, model, launch.world_size())) as team:
-        return train(recipe, run, team, model, out)
+
+    def prepared() -> None:
+        files.check_new(out or run / "finetuned", "finetune")  # else the days are lost at their end
+        prepare(recipe, run, model, launch.world_size())
+
+    with join(prepared) as team:
+        launch.set_threads(recipe.threads)
+        return train(recipe, run, parallel.meshed(team, recipe.finetune.replicas), model, out)
 
 
 def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path | None) -> Path:
@@ -149,7 +155,7 @@ def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path |
         (run / STOPPED).unlink(missing_ok=True)
         log(f"finetune: model {source.folder}, {len(cache)} images, loss {settings.loss}, {team.world} process(es)")
     trainer = build(recipe, source, team)
-    if (found := checkpoint.newest(folder)) is not None:
+    if (found := team.broadcast(checkpoint.newest(folder))) is not None:  # file systems show it late
         checkpoint.load(trainer.state, found, team)
     watch = Watch(recipe, run, trainer, source, cache, held)
     order = Order(held.training(cache), _unit(recipe, team), recipe.seed)
@@ -166,8 +172,8 @@ def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path |
     )
     stopped = False
     identity = _identity(source, cache)
-    with trainer.stop.listening(), bar("finetune", settings.steps, shown=team.leads) as progress:
-        progress.advance(trainer.state.step)
+    with trainer.stop.listening(), bar("finetune", settings.steps, team.leads, "steps") as progress:
+        progress.skip(trainer.state.step)
         if trainer.state.step == 0:
             watch.look(0)
         for batches in loader:
@@ -325,7 +331,7 @@ def _finish(
             "images_seen": step * recipe.finetune.batch,
         }
         record |= {"images": len(cache), "processes": team.world} | _identity(source, cache)
-        with files.new_folder(destination) as folder:
+        with files.new_folder(destination, "finetune") as folder:
             export.write_model(folder, source.folder, source.base, trained, recipe)
             export.write_card(folder, recipe, watch.log, record, run / "samples")
         if not recipe.finetune.keep_final:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux2pixel.families.base import Base, Conditioning, take
+from flux2pixel.families.base import Conditioning, take
+from flux2pixel.models.base import Base
 from flux2pixel.models.model import PixelModel, seeded_noise, to_bytes
 from flux2pixel.runtime import files
 

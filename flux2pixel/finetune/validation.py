@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from flux2pixel.asymflow import schedule
 from flux2pixel.data.cache import Batch, Cache
 from flux2pixel.finetune.loss import flow_matching
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.step.objective import VALIDATION, Objective, seeded
 from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.processes import Team
 
 BINS = 8
 

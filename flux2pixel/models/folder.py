@@ -22,7 +22,7 @@ from torch import Tensor
 from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.families.base import read_config
+from flux2pixel.families.configs import read_config
 from flux2pixel.models.base import Base
 from flux2pixel.models.hub import INDEXES
 from flux2pixel.models.sampler import Sampler

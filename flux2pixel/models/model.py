@@ -30,7 +30,7 @@ from flux2pixel.families.base import Conditioning, Reference
 from flux2pixel.models.base import Base, open_base
 from flux2pixel.models.features import Features
 from flux2pixel.models.folder import is_pixel_folder, read_folder
-from flux2pixel.models.sampler import Sampler, check_guidance, published
+from flux2pixel.models.sampler import Sampler, base_sampler, check_guidance
 from flux2pixel.recipe import Sample
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.subspace import read_subspace
@@ -62,8 +62,8 @@ class Model(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.transformer.parameters()).device
+        """Where the network computes."""
+        return self.base.device if self.network is None else next(self.network.parameters()).device
 
     @property
     def size(self) -> Size:
@@ -131,7 +131,7 @@ class Model(ABC):
         self.check_size(size)
         rows = [prompt for prompt in prompts for _ in range(count)]
         table = self.text([*rows, negative])
-        self.base.free_text()
+        self.base.free("text")
         pictures = [_picture(image, self.codec.patch) for image in references]
         images: list[Image.Image] = []
         for first in range(0, len(rows), batch):
@@ -236,9 +236,9 @@ class LatentModel(Model):
 
     def levels(self, size: Size) -> Tensor:
         """Latent noise levels tau, (steps + 1,)."""
-        steps, shift, patch = self.sampler.steps, self.sampler.shift, self.codec.patch
+        steps, shift = self.sampler.steps, self.sampler.shift
         if shift is None:
-            return self.base.levels(steps, (size[0] // patch) * (size[1] // patch))
+            return self.base.time_grid(steps, *size).float()
         if self.flow is None:
             raise UsageError("sample.shift: is of pixel noise levels, and a latent base has none without a subspace")
         return noise_levels(steps, shift / float(self.flow.scale), *size)
@@ -287,7 +287,7 @@ def open_model(
         if sample is not None and getattr(sample, key):
             raise UsageError(f"sample.{key}: a latent base has no counterpart of it; leave it out")
     flow = read_subspace(subspace)[0] if subspace is not None else None
-    sampler = check_guidance(base, published(base).changed(written), written)
+    sampler = check_guidance(base, base_sampler(base).changed(written), written)
     return LatentModel(base, sampler, Codec(base.patch_size), flow=flow)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from flux2pixel.asymflow.schedule import REFERENCE_SIDE
+from flux2pixel.families.known import known_by_config
 from flux2pixel.models.base import Base
 from flux2pixel.runtime.errors import UsageError
+
+# Steps and guidance of a checkpoint of no known base, by how it is guided.
+UNKNOWN = {"cfg": (50, 4.0), "embedded": (50, 3.5), "none": (4, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,17 @@ class Sampler:
         return asdict(self)
 
 
-def published(base: Base) -> Sampler:
-    """The published settings of a latent base: its own pipeline's schedule, steps and guidance."""
-    return Sampler(**({"steps": 50, "guidance": 4.0} | dict(base.defaults.get("sample", {}))))
+def base_sampler(base: Base) -> Sampler:
+    """The settings of a latent base: its own pipeline's schedule, and the published steps, guidance and size.
+
+    What a folder's own ``flux2pixel.toml`` says under ``[sample]`` comes first, then the table of known bases, found by
+    the transformer's configuration; a checkpoint of no known base takes what others of its kind do.
+    """
+    path = base.folder / "flux2pixel.toml"
+    own = tomllib.loads(path.read_text(encoding="utf-8")).get("sample", {}) if path.is_file() else {}
+    known = known_by_config(base.facts["transformer"], base.distilled)
+    steps, guidance = (known.defaults.steps, known.defaults.guidance) if known else UNKNOWN[base.guidance]
+    return Sampler(**({"steps": steps, "guidance": guidance} | own))
 
 
 def of_conversion(base: Base, scale: float) -> Sampler:
@@ -50,10 +63,10 @@ def of_conversion(base: Base, scale: float) -> Sampler:
 
     The shift is read off the base's own schedule for its own size, sigma = shift(tau, s), and stated at 1024 x 1024.
     """
-    own = published(base)
-    tokens = (own.height // base.patch_size) * (own.width // base.patch_size)
-    # A shift of a has a / (1 + a) halfway; more steps, or fewer, move a dynamic schedule a little.
-    middle = float(base.levels(own.steps + own.steps % 2, tokens)[(own.steps + own.steps % 2) // 2])
+    own = base_sampler(base)
+    steps = own.steps + own.steps % 2
+    # A shift of a has a / (1 + a) halfway; one step more moves a dynamic schedule a little.
+    middle = float(base.time_grid(steps, own.height, own.width)[steps // 2])
     latent = middle / (1 - middle)
     return replace(own, shift=latent * scale * REFERENCE_SIDE / (own.height * own.width) ** 0.5)
 

@@ -12,6 +12,8 @@ recipe may say how many there must be (``finetune.processes``):
     accelerate launch --multi_gpu --num_processes 8 -m flux2pixel finetune --recipe RECIPE.toml --run RUN
 
 Without a GPU ``--multi_gpu`` starts as many processes on the CPU; accelerate's own ``--cpu`` starts one, or needs MPI.
+torchrun of itself gives a stopped process 30 seconds: where a step and a save take longer, add ``--shutdown-timeout``
+(a torch newer than 2.10), as ``--gpus N`` does.
 
 Slurm, one task a node; ``--signal`` warns ten minutes before the time is up, the processes save, leave
 ``finetune-stopped.json`` behind and exit 0, and the job that is queued again goes on from there:
@@ -36,6 +38,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -43,8 +46,9 @@ from flux2pixel.runtime.progress import log
 
 T = TypeVar("T")
 
-# Slurm warns with SIGUSR1; a save of sharded weights may take minutes.
-SIGNALS, SHUTDOWN_SECONDS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", 1800
+# Slurm warns with SIGUSR1; a save of sharded weights may take minutes. Windows knows only two of them.
+SIGNALS = ",".join(n for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1") if hasattr(signal, n))
+SHUTDOWN_SECONDS = 1800
 
 
 def launched() -> bool:
@@ -79,16 +83,48 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def check_gpus(gpus: int) -> None:
-    """Raise UsageError for less than one, or if there are GPUs but fewer; without any, processes run on the CPU."""
-    if gpus < 1:
-        raise UsageError(f"--gpus {gpus}: must be at least 1")
-    if gpus == 1:
-        return
+def cpus() -> int:
+    """CPUs that this process may use: its affinity (Slurm, taskset) and its container's quota, not the machine's."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(found, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return found
+
+
+def threads(wanted: int, processes: int | None = None) -> int:
+    """CPU threads of one process: ``wanted`` (0: all of this machine's) over the processes of this machine, at least 1.
+
+    ``processes`` are those that share the machine; None: those that the launcher started here.
+    """
+    return max(1, (wanted or cpus()) // here(world_size() if processes is None else processes))
+
+
+def set_threads(wanted: int, processes: int | None = None) -> None:
+    """Have PyTorch compute in as many threads as :func:`threads` says of the recipe's ``threads``; for every verb."""
     import torch
 
-    if 0 < torch.cuda.device_count() < gpus:
-        raise UsageError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+    torch.set_num_threads(threads(wanted, processes))
+
+
+def check_gpus(gpus: int, device: str | None = None) -> None:
+    """Raise UsageError if ``--gpus`` is less than one, or more than there are GPUs, or CPUs where there is no GPU.
+
+    Under a launcher the processes are there already: 1 says nothing, any other number must be theirs.
+    """
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: must be at least 1")
+    if launched() and gpus not in (1, world_size()):
+        raise UsageError(f"--gpus {gpus}: the launcher started {world_size()} processes; leave --gpus out under one")
+    if gpus == 1 or launched():
+        return
+    from flux2pixel.runtime import device as devices
+
+    kind = devices.choose(device).type
+    present, what = (cpus(), "CPU") if kind == "cpu" else (devices.count(kind), "GPU")
+    if present < gpus:
+        raise UsageError(f"--gpus {gpus}: this machine has {present} {what}{'' if present == 1 else 's'}")
 
 
 def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
@@ -99,15 +135,17 @@ def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
     """
     import logging
 
-    import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    log(f"{stage}: {gpus} processes on {'GPUs' if torch.cuda.is_available() else 'the CPU'}")
+    log(f"{stage}: {gpus} processes")
     options = ["--standalone", "--nproc-per-node", str(gpus), "--signals-to-handle", SIGNALS]
+    if "--shutdown-timeout" in run.get_args_parser().format_help():  # else torch is 2.10 or older, and gives 30 seconds
+        options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     # Without the dashes torchrun would take abbreviations of its own options out of ours.
-    options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS), "-m", "flux2pixel", "--", *sys.argv[1:]]
+    options += ["-m", "flux2pixel", "--", *sys.argv[1:]]
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(0, gpus)))  # or torchrun says it sets 1, in five lines
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its trace would bury our one line
     try:
         run.run(run.parse_args(options))
@@ -117,7 +155,7 @@ def relaunch(stage: str, gpus: int, saves: bool = False) -> int:
             raise Flux2PixelError(
                 f"{stage}: process {place} of {gpus} was ended by {failure.signal_name()} (SIGKILL: out of memory?)"
             ) from failed
-        if place:
+        if failure.exitcode not in (1, 2):  # of those it said why itself
             log(f"{stage}: process {place} of {gpus} failed with exit code {failure.exitcode}")
         return failure.exitcode
     except SignalException as stopped:

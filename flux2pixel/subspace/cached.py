@@ -13,9 +13,9 @@ from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Tally
 from flux2pixel.data.cache import MANIFEST, Shards, read_manifest
 from flux2pixel.data.encode import fingerprint
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.subspace.processes import Processes
+from flux2pixel.runtime.processes import Team
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ def is_cache(spec: str) -> bool:
     return (Path(spec) / MANIFEST).is_file()
 
 
-def cached_pairs(
-    base: Base, folder: Path, batch: int, tally: Tally, processes: Processes, limit: int = 0
-) -> Iterator[Pairs]:
+def cached_pairs(base: Base, folder: Path, batch: int, tally: Tally, team: Team, limit: int = 0) -> Iterator[Pairs]:
     """This process's part of the first ``limit`` images of a cache (0: all), in the order in which they are stored.
 
     Raises UsageError if the cache was made with another VAE or patch size.
@@ -45,13 +43,13 @@ def cached_pairs(
         raise UsageError(f"{folder}: a cache of another VAE than {base.folder}'s; make one for this base")
     shards = Shards(folder / "images")
     stored = sorted((place, digest) for digest, place in shards.rows.items())
-    mine = stored[processes.rank : limit or None : processes.world]
+    mine = stored[team.rank : limit or None : team.world]
     for (shard, group), found in itertools.groupby(mine, key=lambda item: item[0][:2]):
         kept = shards.tensors(shard)
         same = list(found)
         for first in range(0, len(same), batch):
             some = same[first : first + batch]
             rows, digests = [place[2] for place, _ in some], [digest for _, digest in some]
-            rgb, z = (kept[f"{group}.{name}"][rows].to(processes.device) for name in ("rgb", "latents"))
+            rgb, z = (kept[f"{group}.{name}"][rows].to(team.device) for name in ("rgb", "latents"))
             tally.kept += len(rows)
             yield Pairs(digests, digests, tokens.patchify(color.encode(rgb.float() / 255), base.patch_size), z)

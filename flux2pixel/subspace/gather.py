@@ -16,18 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.launch import threads
+from flux2pixel.runtime.processes import Team
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.cached import Pairs, cached_pairs, is_cache
-from flux2pixel.subspace.processes import Processes
-from flux2pixel.subspace.strata import Strata, read_strata, write_strata
+from flux2pixel.subspace.moments import Moments
+from flux2pixel.subspace.strata import LEVELS, Strata, read_strata, write_strata
 
 # Scenes beyond the miniature's own training set (seeds below 100 000).
 FIRST_SCENE = 1_000_000
@@ -36,7 +39,7 @@ _DIGEST = 16  # bytes kept of each image's SHA-256
 
 
 def image_batches(
-    base: Base, recipe: Recipe, tally: Tally, processes: Processes, done: Counter[str] | None = None
+    base: Base, recipe: Recipe, tally: Tally, team: Team, done: Counter[str] | None = None
 ) -> Iterator[Batch]:
     """This process's batches of the recipe's images; those in ``done`` are counted and left out.
 
@@ -56,8 +59,8 @@ def image_batches(
     batch = settings.batch if settings.resolution or settings.source == "scenes" else 1
     rules = Rules(Buckets(settings.resolution, base.patch_size))
     source, limit = open_images(settings.source), settings.images
-    place = {"rank": processes.rank, "world": processes.world}
-    yield from stream(source, rules, batch, tally, **place, limit=limit, known=known, threads=recipe.threads)
+    place = {"rank": team.rank, "world": team.world}
+    yield from stream(source, rules, batch, tally, **place, limit=limit, known=known, threads=threads(recipe.threads))
 
 
 def open_images(spec: str) -> Source:
@@ -76,11 +79,11 @@ def token_pairs(base: Base, rgb: Tensor, latents: Tensor | None = None) -> tuple
     return tokens.patchify(color.encode(rgb), base.patch_size), z
 
 
-def token_batches(base: Base, recipe: Recipe, tally: Tally, processes: Processes, done: list[str]) -> Iterator[Pairs]:
+def token_batches(base: Base, recipe: Recipe, tally: Tally, team: Team, done: list[str]) -> Iterator[Pairs]:
     """This process's token pairs, of images through the VAE or of a training cache, less the images in ``done``."""
     settings = recipe.fit_subspace
     if is_cache(settings.source):
-        cached = cached_pairs(base, Path(settings.source), settings.batch, tally, processes, settings.images)
+        cached = cached_pairs(base, Path(settings.source), settings.batch, tally, team, settings.images)
         summed = set(done)
         for pairs in cached:
             left = [row for row, digest in enumerate(pairs.digests) if digest[: 2 * _DIGEST] not in summed]
@@ -88,23 +91,23 @@ def token_batches(base: Base, recipe: Recipe, tally: Tally, processes: Processes
                 names, digests = ([of[row] for row in left] for of in (pairs.names, pairs.digests))
                 yield Pairs(names, digests, pairs.x[left], pairs.z[left])
         return
-    for batch in image_batches(base, recipe, tally, processes, Counter(done)):
+    for batch in image_batches(base, recipe, tally, team, Counter(done)):
         try:
-            x, z = token_pairs(base, batch.unit.to(processes.device), batch.latents)
+            x, z = token_pairs(base, batch.unit.to(team.device), batch.latents)
         except ValueError as error:
             raise Flux2PixelError(f"{', '.join(batch.names[:3])}: {error}") from error
         yield Pairs(batch.names, batch.digests, x, z)
 
 
-def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tuple[Strata, Tally]:
+def gather(base: Base, recipe: Recipe, team: Team, path: Path) -> tuple[Strata, Tally]:
     """The sums over all images of the recipe, by all processes; ``path`` is where the unfinished sums are saved."""
-    saved = Saved(path, fingerprint(base, recipe), processes)
+    saved = Saved(path, fingerprint(base, recipe), team)
     strata, done = saved.read(base)
     tally = Tally(recipe.fit_subspace.max_broken)
-    summed = list(done) if processes.rank == 0 else []
+    summed = list(done) if team.leads else []
     clock = time.monotonic()
-    with bar("fit-subspace", _expected(recipe, processes)) as progress:
-        for pairs in token_batches(base, recipe, tally, processes, done):
+    with bar("fit-subspace", _expected(recipe, team), team.leads, "images") as progress:
+        for pairs in token_batches(base, recipe, tally, team, done):
             try:
                 strata.add(pairs.digests, pairs.x, pairs.z)
             except ValueError as error:
@@ -116,14 +119,34 @@ def gather(base: Base, recipe: Recipe, processes: Processes, path: Path) -> tupl
                 clock = time.monotonic()
     # Another process may still fail; what this one did is kept until the basis is written.
     saved.write(strata, summed)
-    return processes.total(strata, tally)
+    return total(strata, tally, team)
 
 
-def _expected(recipe: Recipe, processes: Processes) -> int:
+def total(strata: Strata, tally: Tally, team: Team) -> tuple[Strata, Tally]:
+    """The sums and the tally of all processes, on every one of them; added in float64 on the CPU, once."""
+    if team.world == 1:
+        return strata, tally
+    team.barrier()  # images are of any size, so one process may have read for hours longer
+    whole = Strata(strata.width, strata.rank)
+    for place in [(level, half) for level in range(LEVELS) for half in (0, 1)]:
+        part = strata.parts.get(place, Moments.zeros(strata.width, strata.rank)).to("cpu")
+        counts = torch.tensor([part.tokens, part.images])
+        for tensor in (part.upper, part.total, counts):
+            dist.all_reduce(tensor)
+        part.tokens, part.images = counts.tolist()
+        if part.images:
+            whole.parts[place] = part
+    merged = Tally(tally.limit)
+    for one in team.gather(tally):
+        merged.merge(one)
+    return whole, merged
+
+
+def _expected(recipe: Recipe, team: Team) -> int:
     source, limit = recipe.fit_subspace.source, recipe.fit_subspace.images
     count = None if is_cache(source) else open_images(source).count
     total = min(count, limit) if count and limit else count or limit
-    return -(-total // processes.world)
+    return -(-total // team.world)
 
 
 def fingerprint(base: Base, recipe: Recipe) -> str:
@@ -148,8 +171,8 @@ class Saved:
     a kill left behind is not counted twice. Machines must share the folder.
     """
 
-    def __init__(self, path: Path, fingerprint: str, processes: Processes):
-        self.fingerprint, self.processes = fingerprint, processes
+    def __init__(self, path: Path, fingerprint: str, team: Team):
+        self.fingerprint, self.team = fingerprint, team
         self.stem, self.folder = path.name.removesuffix(".safetensors"), path.parent
         self.id, self.absorbed = uuid.uuid4().hex, set[str]()
 
@@ -164,26 +187,26 @@ class Saved:
         for file, _, metadata, _ in found:
             if metadata.get("fingerprint") == self.fingerprint:
                 self.absorbed.update(metadata["absorbed"].split())
-            elif self.processes.rank == 0:
+            elif self.team.leads:
                 log(f"{file}: sums of other images or settings, left out")
         for _, strata, metadata, extra in found:
             if metadata.get("fingerprint") == self.fingerprint and metadata["id"] not in self.absorbed:
                 total = total + strata
                 done += [row.numpy().tobytes().hex() for row in extra["digests"]]
                 self.absorbed.add(metadata["id"])
-        self.processes.barrier()  # no file is replaced before all have read it
-        if self.processes.rank == 0 and done:
+        self.team.barrier()  # no file is replaced before all have read it
+        if self.team.leads and done:
             log(f"resuming: {len(done)} images are in the sums already")
             self.write(total, done)
-        self.processes.barrier()
-        mine = total if self.processes.rank == 0 else Strata(base.token_width, base.latent_width)
-        return mine.to(self.processes.device), done
+        self.team.barrier()
+        mine = total if self.team.leads else Strata(base.token_width, base.latent_width)
+        return mine.to(self.team.device), done
 
     def write(self, strata: Strata, digests: list[str]) -> None:
         """Replace this process's file."""
         table = torch.tensor(list(bytes.fromhex("".join(digests))), dtype=torch.uint8).view(-1, _DIGEST)
-        mine = self.folder / f"{self.stem}.partial-{self.processes.rank}.safetensors"
-        absorbed = " ".join(sorted(self.absorbed)) if self.processes.rank == 0 else ""
+        mine = self.folder / f"{self.stem}.partial-{self.team.rank}.safetensors"
+        absorbed = " ".join(sorted(self.absorbed)) if self.team.leads else ""
         metadata = {"fingerprint": self.fingerprint, "id": self.id, "absorbed": absorbed}
         write_strata(mine, strata, metadata, {"digests": table})
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from flux2pixel.asymflow import color, tokens
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 
 EXPONENT = 3.0  # of the power spectrum; 2 to 4 differ by 2 % in the basis's residual
 ROUND_TRIPS = 2  # a third gains another 0.5 %
@@ -52,7 +52,7 @@ def decode_pixels(base: Base, z: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def prior_pairs(
-    base: Base, count: int, batch: int, generator: Generator, device: str
+    base: Base, count: int, batch: int, generator: Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of token pairs x (B, N, D), z (B, N, r) of ``count`` images that the VAE imagines."""
     side = prior_side(base)

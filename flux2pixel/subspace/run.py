@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flux2pixel import families as bases
 from flux2pixel.data import Tally
-from flux2pixel.families.base import Base
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.launch import set_threads
+from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace import diagnostics, jacobian, report, solvers
 from flux2pixel.subspace.gather import Saved, gather, image_batches, vae_digest
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.prior import decode_pixels, prior_latents, prior_pairs, prior_side
-from flux2pixel.subspace.processes import Processes, joined
 from flux2pixel.subspace.settings import check
 from flux2pixel.subspace.strata import Strata, read_strata, write_strata
 from flux2pixel.weights.subspace import write_subspace
@@ -31,24 +32,24 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None, merge: Sequ
     ``merge`` names files of sums to add up instead of reading images. Under torchrun every process calls this and
     reads its part of the images; the first one fits and writes.
     """
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     torch.set_flush_denormal(True)
     base = bases.open_base(recipe.base, parts=("vae",))
     check(recipe, base)
     path = out or run / "subspace.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with joined() as processes:
-        base.vae.to(processes.device)
+    with join(float64=True) as team:
+        base.vae.to(team.device)
         if merge:
             strata, tally = merged(merge, base), Tally()
         else:
-            if processes.rank == 0:
+            if team.leads:
                 log(f"fit-subspace: base {base.folder}, images {recipe.fit_subspace.source}")
-            strata, tally = gather(base, recipe, processes, path)
-        if processes.rank == 0:
-            _finish(recipe, base, strata, tally, path, processes)
-            Saved(path, "", processes).remove()
-        processes.barrier()
+            strata, tally = gather(base, recipe, team, path)
+        if team.leads:
+            _finish(recipe, base, strata, tally, path, team)
+            Saved(path, "", team).remove()
+        team.barrier()
     return path
 
 
@@ -63,11 +64,11 @@ def merged(paths: Sequence[Path], base: Base) -> Strata:
     return total
 
 
-def _finish(recipe: Recipe, base: Base, strata: Strata, tally: Tally, path: Path, processes: Processes) -> None:
+def _finish(recipe: Recipe, base: Base, strata: Strata, tally: Tally, path: Path, team: Team) -> None:
     moments = strata.subset(0)
     if not moments.tokens:
         raise UsageError(f"fit_subspace.source: {recipe.fit_subspace.source}: not one usable image")
-    basis, scale, about = estimate(recipe, base, moments, processes)
+    basis, scale, about = estimate(recipe, base, moments, team)
     metadata = {"method": recipe.fit_subspace.method, "base": recipe.base, "patch_size": base.patch_size}
     metadata |= {"patch_order": "c,ph,pw", "color_space": base.color_space, "recipe": dumps(recipe)}
     metadata |= {"images": moments.images, "tokens": moments.tokens, "vae_sha256": vae_digest(base)}
@@ -84,9 +85,7 @@ def _finish(recipe: Recipe, base: Base, strata: Strata, tally: Tally, path: Path
     log(f"wrote {path} and {path.with_suffix('.html').name}")
 
 
-def estimate(
-    recipe: Recipe, base: Base, moments: Moments, processes: Processes
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def estimate(recipe: Recipe, base: Base, moments: Moments, team: Team) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The basis (D, r), its scale, and what to report about how they were found."""
     settings = recipe.fit_subspace
     if settings.method == "procrustes":
@@ -97,28 +96,28 @@ def estimate(
         basis = solvers.haar(moments.width, moments.rank, Generator().manual_seed(recipe.seed))
         return basis, solvers.scale_of(basis, moments), {}
     if settings.jacobian == "smoothed":
-        imagined = prior_moments(recipe, base, processes.device)
+        imagined = prior_moments(recipe, base, team.device)
         basis, scale = solvers.procrustes(imagined)
         about = {"imagined_tokens": imagined.tokens, "scale_of_prior": float(scale)}
         return basis, solvers.scale_of(basis, moments), about
-    mean, about = mean_jacobian(recipe, base, processes)
+    mean, about = mean_jacobian(recipe, base, team)
     basis = solvers.polar(mean)
     about["scale_of_prior"] = float(mean.norm()) / mean.shape[1] ** 0.5
     return basis, solvers.scale_of(basis, moments), about
 
 
-def prior_moments(recipe: Recipe, base: Base, device: str) -> Moments:
+def prior_moments(recipe: Recipe, base: Base, device: torch.device) -> Moments:
     """The sums over images that the VAE imagines: the smoothed Jacobian, without an image."""
     settings, generator = recipe.fit_subspace, Generator().manual_seed(recipe.seed)
     moments = Moments.zeros(base.token_width, base.latent_width, device)
-    with bar("prior", settings.points) as progress:
+    with bar("prior", settings.points, unit="images") as progress:
         for x, z in prior_pairs(base, settings.points, min(settings.batch, 64), generator, device):
             moments.add(x, z)
             progress.advance(len(x))
     return moments.to("cpu")
 
 
-def mean_jacobian(recipe: Recipe, base: Base, processes: Processes) -> tuple[Tensor, dict[str, Any]]:
+def mean_jacobian(recipe: Recipe, base: Base, team: Team) -> tuple[Tensor, dict[str, Any]]:
     """The decoder's mean self-block Jacobian (D, r) at the prior or at encoded images, and its figures."""
     settings, generator = recipe.fit_subspace, Generator().manual_seed(recipe.seed)
     side = prior_side(base)
@@ -127,14 +126,14 @@ def mean_jacobian(recipe: Recipe, base: Base, processes: Processes) -> tuple[Ten
         sizes = [min(8, settings.points - first) for first in range(0, settings.points, 8)]
         batches = ((prior_latents(base, size, side, generator), (side, side)) for size in sizes)
     else:
-        found = image_batches(base, recipe, Tally(settings.max_broken), Processes(0, 1, processes.device))
-        batches = ((base.encode(b.unit.to(processes.device)), b.rgb.shape[-2:]) for b in found)
+        found = image_batches(base, recipe, Tally(settings.max_broken), Team(device=team.device))
+        batches = ((base.encode(b.unit.to(team.device)), b.rgb.shape[-2:]) for b in found)
     total: Tensor | float = 0.0
     variance: Tensor | float = 0.0
     count = 0
-    with bar("jacobian", settings.points) as progress:
+    with bar("jacobian", settings.points, unit="points") as progress:
         for z, (height, width) in batches:
-            z = z[: settings.points - count].to(processes.device)
+            z = z[: settings.points - count].to(team.device)
             grid = (height // base.patch_size, width // base.patch_size)
 
             def decode(latent: Tensor, height: int = height, width: int = width) -> Tensor:

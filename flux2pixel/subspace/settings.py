@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.cached import is_cache

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from flux2pixel.runtime import files
@@ -23,7 +24,7 @@ LEVELS = 6  # the smallest nested subset is 1/32 of the images
 class Strata:
     """Moments by (level, half). ``width`` is D, ``rank`` is r."""
 
-    def __init__(self, width: int, rank: int, device: str = "cpu"):
+    def __init__(self, width: int, rank: int, device: torch.device | str = "cpu"):
         self.width, self.rank, self.device = width, rank, device
         self.parts: dict[tuple[int, int], Moments] = {}
 
@@ -53,7 +54,7 @@ class Strata:
         # Sorted, so that the rounding of these additions does not depend on the order in which images came.
         return sum((self.parts[place].to("cpu") for place in sorted(places)), Moments.zeros(self.width, self.rank))
 
-    def to(self, device: str) -> Strata:
+    def to(self, device: torch.device | str) -> Strata:
         """Return the sums on another device."""
         moved = Strata(self.width, self.rank, device)
         moved.parts = {place: part.to(device) for place, part in self.parts.items()}

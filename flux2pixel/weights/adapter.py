@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
 from flux2pixel.subspace.estimators import polar
 from flux2pixel.weights.checkpoint import Checkpoint, Stored, open_checkpoint
 from flux2pixel.weights.write import Output
@@ -166,7 +166,7 @@ def _through_diffusers(path: Path) -> dict[str, LowRank]:
     try:
         state = Flux2LoraLoaderMixin.lora_state_dict(str(path), use_safetensors=True)
     except (ValueError, KeyError) as error:
-        raise Flux2PixelError(f"{path}: not a LoRA that diffusers can read ({str(error).splitlines()[0]})") from error
+        raise Flux2PixelError(f"{path}: not a LoRA that diffusers can read ({first_line(error)})") from error
     state = {_plain(name): tensor for name, tensor in state.items()}
     pairs = {}
     for name, a in state.items():

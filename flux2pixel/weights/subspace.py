@@ -17,7 +17,7 @@ from torch import Tensor
 from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.runtime import files
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
 
 FORMAT = "flux2pixel.subspace"
 REFERENCE = ("pth", "pt")
@@ -59,7 +59,7 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # Weights only: a pickle may otherwise run whatever its author liked.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly every type on a damaged or foreign file
-        raise Flux2PixelError(f"{path}: not a torch file of plain tensors ({str(error).splitlines()[0]})") from error
+        raise Flux2PixelError(f"{path}: not a torch file of plain tensors ({first_line(error)})") from error
     names = [n for n in content if re.fullmatch(r"proj_mat_p\d+", str(n))] if isinstance(content, dict) else []
     if len(names) != 1:
         raise Flux2PixelError(f"{path}: no subspace in it: one tensor proj_mat_p16 (or another patch size) is expected")

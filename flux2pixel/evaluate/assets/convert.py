@@ -21,7 +21,7 @@ from flux2pixel.evaluate.dpg_bench import judges
 from flux2pixel.evaluate.geneval import checkpoint
 from flux2pixel.evaluate.hpsv3 import inputs
 from flux2pixel.runtime import files
-from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.errors import Flux2PixelError, first_line
 
 HPSV3_PACKAGE = "hpsv3==1.0.0"
 
@@ -59,7 +59,7 @@ def clip(source: Path, target: Path, facts: dict[str, str]) -> None:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # deprecated for export, not for reading
             state: dict[str, Tensor] = torch.jit.load(str(source), map_location="cpu").state_dict()
     except RuntimeError as error:
-        raise Flux2PixelError(f"{source}: not OpenAI's CLIP archive ({str(error).splitlines()[0]})") from error
+        raise Flux2PixelError(f"{source}: not OpenAI's CLIP archive ({first_line(error)})") from error
     sizes = ("input_resolution", "context_length", "vocab_size")
     tensors = {name: value.float().contiguous() for name, value in state.items() if name not in sizes}
     _save(tensors, target, facts)

@@ -144,10 +144,12 @@ def download(url: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=60) as answer:
             resumed = answer.status == 206
             total = int(answer.headers.get("Content-Length") or 0)
-            with part.open("ab" if resumed else "wb") as file, bar(path.name[:14], max(1, total // CHUNK)) as progress:
+            whole = total + have * resumed if total else None
+            with part.open("ab" if resumed else "wb") as file, bar(path.name[:14], whole, unit="bytes") as progress:
+                progress.skip(have * resumed)
                 while block := answer.read(CHUNK):
                     file.write(block)
-                    progress.advance()
+                    progress.advance(len(block))
                 file.flush()
                 os.fsync(file.fileno())
             got = part.stat().st_size - (have if resumed else 0)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate import results
 from flux2pixel.evaluate.assets.fetch import ALEXNET_FILE, CLIP_FILE, INCEPTION_FILE
 from flux2pixel.evaluate.digests import Digests
@@ -19,7 +18,8 @@ from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.run_suite import Outcome
 from flux2pixel.evaluate.suite import Rgb, Sample
 from flux2pixel.evaluate.suites import MINIATURE, assets_folder
-from flux2pixel.families.base import Base
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import log

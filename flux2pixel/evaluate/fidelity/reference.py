@@ -8,12 +8,12 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from flux2pixel import families as bases
 from flux2pixel.evaluate.fidelity import distances as features
 from flux2pixel.evaluate.fidelity.measures import measure
 from flux2pixel.evaluate.geneval.verdict import judge
 from flux2pixel.evaluate.suite import Sample, read_rgb
 from flux2pixel.miniature import detector, world
+from flux2pixel.models import base as bases
 
 FIRST_REFERENCE = 3_000_000  # true renders that the fidelity measures compare with
 FIRST_CEILING = 4_000_000  # other true renders: what a perfect model would score

@@ -103,7 +103,7 @@ class TrueSet:
 
         def through() -> Iterator[Rgb]:
             seen = 0
-            with bar(f"fidelity {what}", count) as progress:
+            with bar(f"fidelity {what}", count, unit="images") as progress:
                 for group in batches(images, BATCH):
                     if extract is not None:
                         rows["fid"].append(extract(group))

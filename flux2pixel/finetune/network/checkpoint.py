@@ -22,11 +22,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.processes import Team
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Parallelism, outside the model: the processes of a run, and FSDP2 on the stock network.
+"""Parallelism, outside the model: FSDP2 on the stock network, over the processes of a run.
 
 ``fully_shard`` is device-agnostic: NCCL on GPUs, gloo on CPU. The basis and the scale of the method are plain float32
 tensors outside the network, so they are never sharded nor cast.
@@ -6,74 +6,18 @@ tensors outside the network, so they are never sharded nor cast.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flux2pixel.recipe import Finetune
-from flux2pixel.runtime.device import choose
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.launch import launched, world_size
-
-# Making a cache may take days; a collective that takes longer than the writing of a model is a dead process.
-PATIENCE, TIMEOUT = timedelta(days=30), timedelta(hours=1)
-
-
-class LeaderFailed(UsageError):
-    """Raised in the other processes when the leading one could not start."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes of this run as one of them sees it; ``mesh`` is None for a process alone."""
-
-    rank: int
-    world: int
-    device: torch.device
-    mesh: DeviceMesh | None = None
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process writes what is written once."""
-        return self.rank == 0
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all processes, in float64."""
-        if self.mesh is None:
-            return list(values)
-        # NCCL reduces on the GPU, gloo on the CPU; float64 so that counts and flags stay exact.
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in order of rank."""
-        if self.mesh is None:
-            return [value]
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.mesh is not None:
-            dist.barrier()
-
-
-def check_launch(gpus: int) -> None:
-    """Raise UsageError if a launcher started another number of processes than ``gpus``; 1 says nothing."""
-    if gpus not in (1, world_size()):
-        raise UsageError(f"--gpus {gpus}: the launcher started {world_size()} processes; leave --gpus out under one")
+from flux2pixel.runtime.processes import Team
 
 
 def check_world(settings: Finetune, world: int) -> None:
@@ -94,49 +38,9 @@ def check_world(settings: Finetune, world: int) -> None:
         raise UsageError("finetune: finetune.frozen_int8 is for a LoRA training in one process; turn it off")
 
 
-@contextmanager
-def team(settings: Finetune, prepare: Callable[[], object]) -> Iterator[Team]:
-    """The process group of a launched run, left when the block ends; a process alone has none.
-
-    ``prepare`` runs first, in the leading process alone, while the others wait for it however long it takes; what it
-    raises is raised here, and the others leave with :class:`LeaderFailed`.
-    """
-    if not launched():
-        prepare()
-        yield Team(0, 1, choose())
-        return
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    _lead(store, rank, prepare)
-    group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": world}
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=TIMEOUT, **group)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=TIMEOUT, **group)
-    try:
-        yield Team(rank, world, device, mesh(device.type, world, settings.replicas))
-    finally:
-        dist.destroy_process_group()
-
-
-def _lead(store: dist.Store, rank: int, prepare: Callable[[], object]) -> None:
-    """Run ``prepare`` in process 0 and tell the others, through the store, how it went."""
-    if rank:
-        try:
-            prepared = store.get("prepared") == b"yes"
-        except dist.DistError:  # without torchrun's agent the leading process keeps the store, and takes it along
-            prepared = False
-        if not prepared:
-            raise LeaderFailed("finetune: the leading process failed; its message says why")
-        return
-    try:
-        prepare()
-    except BaseException:
-        store.set("prepared", "no")
-        raise
-    store.set("prepared", "yes")
+def meshed(team: Team, replicas: int) -> Team:
+    """``team`` with the mesh over which a network is sharded, as it is for a process alone."""
+    return team if team.world == 1 else replace(team, mesh=mesh(team.device.type, team.world, replicas))
 
 
 def mesh(device_type: str, world: int, replicas: int) -> DeviceMesh:

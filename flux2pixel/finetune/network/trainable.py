@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flux2pixel.families.base import Base
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import log

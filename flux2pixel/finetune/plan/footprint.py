@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch, Size
-from flux2pixel.families.base import Base, Conditioning, stock_config
+from flux2pixel.families.base import Conditioning
+from flux2pixel.families.configs import stock_config
 from flux2pixel.finetune.network import trainable
 from flux2pixel.finetune.network.quantise import quantise
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux2pixel import families as bases
 from flux2pixel.data import Buckets, open_source
 from flux2pixel.data.cache import MANIFEST, Size, read_manifest
 from flux2pixel.data.encode import FIRST_SCENE, cache_folder
-from flux2pixel.families.base import Base, read_config
+from flux2pixel.families.configs import read_config
 from flux2pixel.families.known import KNOWN
 from flux2pixel.finetune.network import parallel
 from flux2pixel.finetune.plan import footprint
+from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
 
@@ -165,10 +166,8 @@ def architecture(name: str) -> tuple[Base, dict[str, Any], list[str]]:
     if known is None:
         base = bases.open_base(name)
         return base, base.config, []
-    family = bases.family_of(known.transformer_class)
-    assert family is not None, known.transformer_class
-    stand_in = type(family.__name__, (family,), {"patch_size": known.patch, "latent_width": known.rank})
-    return stand_in(Path(known.hub)), dict(known.transformer), [f"planned from what is published of {known.hub}"]
+    base = bases.published(known)
+    return base, base.config, [f"planned from what is published of {known.hub}"]
 
 
 def count_parameters(built: footprint.Network) -> Parameters:

@@ -23,9 +23,10 @@ from torch import Generator, Tensor, nn
 from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch
-from flux2pixel.families.base import Base, Conditioning
+from flux2pixel.families.base import Conditioning
 from flux2pixel.finetune.loss import flow_matching, reduce_by
 from flux2pixel.finetune.step.perceptual import perceptual
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import Finetune
 
 # Streams of random numbers of a run's seed, apart from those of the data order.

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from flux2pixel.data.cache import Batch
 from flux2pixel.finetune.network.checkpoint import State
-from flux2pixel.finetune.network.parallel import Team, local, sync_gradients, whole
+from flux2pixel.finetune.network.parallel import local, sync_gradients, whole
 from flux2pixel.finetune.network.trainable import Group, make_optimizer
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import DROPOUT, Objective, draw, seeded
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.processes import Team
 
 
 @dataclass(frozen=True)
