@@ -95,22 +95,21 @@ def test_sums_depend_neither_on_batches_nor_on_parts(run, read_out, tmp_path):
     other = fit_readout(load(None, [*SMALL, "readout.batch=7"]), run, out=tmp_path / "batches")
     assert largest_difference(whole, read_sums(other / SUMS)[0]) < 1e-9
     half = fit_readout(load(None, [*SMALL, "readout.images=64"]), run, out=tmp_path / "half")
-    with pytest.raises(UsageError, match="sums of neighbourhoods of 1, not of readout.window 3"):
+    with pytest.raises(UsageError, match=r"sums of neighbourhoods of 1, not of readout\.window 3"):
         fit_readout(load(None, [*SMALL, "readout.window=3"]), run, out=tmp_path / "no", merge=[half / SUMS])
     merged = fit_readout(load(None, SMALL), run, out=tmp_path / "merged", merge=[read_out / SUMS, half / SUMS])
     assert read_sums(merged / SUMS)[0].images == 160
 
 
 def test_two_processes_make_the_sums_of_one(run, read_out, tmp_path, monkeypatch):
-    parts = []
+    parts, shared = [], gathering.batches
     for rank in (0, 1):
-        team = gathering.Team(rank, 1, torch.device("cpu"))
+        team = gathering.Team(rank)
         recipe = load(None, SMALL)
         from flux2pixel.readout import run as stage
 
         observer = stage.observe(recipe, run / "converted", stage.check(recipe, run / "converted"), team.device)
-        shared = gathering.batches
-        place = gathering.Team(rank, 2, team.device)
+        place = gathering.Team(rank, 2)
         monkeypatch.setattr(gathering, "batches", lambda r, b, s, t, _, d, p=place: shared(r, b, s, t, p, d))
         parts.append(gathering.gather(observer, team, tmp_path / f"part{rank}", 1)[0])
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Whatever the detail head, the prior and the last step, the latent trajectory stays the base's: every family, float64."""
+"""The theorem for every family in float64: whatever the readout, the latent trajectory stays the base's."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from flux2pixel.asymflow.readout import Readout
 from flux2pixel.asymflow.schedule import grid as time_grid
 from flux2pixel.asymflow.solvers import SOLVERS, sample
 from flux2pixel.convert.fold import Float64Throughout
-from flux2pixel.families import open_base
 from flux2pixel.families.base import take
+from flux2pixel.models.base import open_base
 from flux2pixel.models.features import Features
 from flux2pixel.readout.gather import row_order, sign_of
 

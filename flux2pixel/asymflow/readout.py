@@ -62,7 +62,8 @@ class Readout:
     def to(self, device: torch.device) -> Readout:
         """A copy on a device."""
         named: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Readout(**{name: None if value is None else value.to(device) for name, value in named.items()})
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in named.items()}
+        return Readout(**moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored beside basis and scale, float32 by name."""

@@ -32,9 +32,9 @@ from flux2pixel.models.features import Features
 from flux2pixel.models.folder import PixelFolder
 from flux2pixel.readout.images import DIGEST, Images, batches, draw
 from flux2pixel.readout.sums import Sums, bin_of, held_out, read_sums, write_sums
-from flux2pixel.readout.team import Team
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.processes import Team
 from flux2pixel.runtime.progress import bar, log
 
 SAVE_SECONDS = 60.0
@@ -83,8 +83,8 @@ class Observer:
         """Add a batch of images to the sums."""
         if self.dtype == torch.float64 and len(images.digests) > 1:
             # The float32 rounding of the VAE and of the text encoder depends on the batch; alone, an image has one.
-            for one in images.singly():
-                self.add(sums, one)
+            for alone in images.singly():
+                self.add(sums, alone)
             return
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         flow = self.folder.flow.to(self.device, wide)
@@ -188,14 +188,13 @@ def gather(observer: Observer, team: Team, path: Path, window: int) -> tuple[Sum
     tally = Tally(recipe.readout.max_broken)
     directions = found.directions if found is not None else None
     if found is None and channels > recipe.readout.directions:
-        alone = Team(0, 1, team.device)
-        first = next(batches(recipe, observer.base, sampler, Tally(), alone, set()))
-        directions = _shared(pilot(observer, first, recipe.readout.directions), team)
-    sums = found if found is not None and team.rank == 0 else Sums(*shape, directions)
+        first = next(batches(recipe, observer.base, sampler, Tally(), Team(device=team.device), set()))
+        directions = team.broadcast(pilot(observer, first, recipe.readout.directions))
+    sums = found if found is not None and team.leads else Sums(*shape, directions)
     sums = sums.to(team.device)
-    mine = list(done) if team.rank == 0 else []
+    mine = list(done) if team.leads else []
     clock, total = time.monotonic(), -(-recipe.readout.images // team.world) or None
-    with bar("fit-readout", total, shown=team.rank == 0) as progress:
+    with bar("fit-readout", total, shown=team.leads) as progress:
         for images in batches(recipe, observer.base, sampler, tally, team, set(done)):
             observer.add(sums, images)
             mine += images.digests
@@ -207,19 +206,11 @@ def gather(observer: Observer, team: Team, path: Path, window: int) -> tuple[Sum
     return _total(sums.to("cpu"), team), tally
 
 
-def _shared(tensor: Tensor, team: Team) -> Tensor:
-    if team.world > 1:
-        dist.broadcast(tensor, src=0)
-    return tensor
-
-
 def _total(sums: Sums, team: Team) -> Sums:
     """The sums of all processes, on every one of them."""
     if team.world == 1:
         return sums
-    names: list[Any] = [None] * team.world
-    dist.all_gather_object(names, sorted(sums.grams))
-    for name in sorted(set().union(*names)):
+    for name in sorted(set().union(*team.gather(sorted(sums.grams)))):
         gram = sums.part(name)
         counts = torch.tensor([gram.tokens, gram.images])
         for tensor in (gram.upper, counts):
@@ -260,7 +251,7 @@ class Saved:
         found = [(file, *read_sums(file)) for file in self.files]
         usable = [entry for entry in found if entry[2].get("fingerprint") == self.fingerprint]
         for file, *_ in (entry for entry in found if entry not in usable):
-            if self.team.rank == 0:
+            if self.team.leads:
                 log(f"{file}: sums of other images or settings, left out")
         for _, _, metadata, _ in usable:
             self.absorbed.update(metadata["absorbed"].split())
@@ -271,7 +262,7 @@ class Saved:
                 done += digests
                 self.absorbed.add(metadata["id"])
         self.team.barrier()  # no file is replaced before all have read it
-        if self.team.rank == 0 and total is not None:
+        if self.team.leads and total is not None:
             log(f"resuming: {len(done)} images are in the sums already")
             self.write(total, done)
             for file, *_ in usable:
@@ -281,7 +272,7 @@ class Saved:
 
     def write(self, sums: Sums, digests: list[str]) -> None:
         """Replace this process's file."""
-        absorbed = " ".join(sorted(self.absorbed)) if self.team.rank == 0 else ""
+        absorbed = " ".join(sorted(self.absorbed)) if self.team.leads else ""
         metadata: Mapping[str, object] = {"fingerprint": self.fingerprint, "id": self.id, "absorbed": absorbed}
         mine = self.path.with_name(f"{self.path.name}.partial-{self.id}.safetensors")
         write_sums(mine, sums.to("cpu"), metadata, digests)

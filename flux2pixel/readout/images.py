@@ -18,9 +18,9 @@ from flux2pixel.data import Buckets, Record, Rules, Tally, open_source, stream
 from flux2pixel.models.base import Base
 from flux2pixel.models.model import open_model
 from flux2pixel.models.sampler import Sampler
-from flux2pixel.readout.team import Team
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.processes import Team
 
 DIGEST = 16  # bytes kept of each image's SHA-256
 FIRST_SCENE = 5_000_000  # apart from the miniature's scenes of training, of the subspace and of the true images

@@ -17,14 +17,15 @@ from flux2pixel.readout import report
 from flux2pixel.readout.gather import Observer, Saved, gather, last_level
 from flux2pixel.readout.solve import PARTS, Fit, fit
 from flux2pixel.readout.sums import Sums, read_sums, write_sums
-from flux2pixel.readout.team import join
 from flux2pixel.readout.write import finished, leak, write_model, write_record
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.launch import set_threads
+from flux2pixel.runtime.processes import join
 from flux2pixel.runtime.progress import log
 
-SUMS = "sums.safetensors"
+STAGE, SUMS = "fit-readout", "sums.safetensors"
 TOKENS_A_FEATURE = 2  # tokens to fit on, at least, for every feature of the last step
 
 
@@ -42,21 +43,22 @@ def fit_readout(
 
     Raises UsageError for a folder of another base, one that has a readout or was trained, or too few images.
     """
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     torch.set_flush_denormal(True)
     source, target = model or run / "converted", out or run / "readout"
     stored = check(recipe, source)
+    files.check_new(target, STAGE)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with join() as team:
+    with join(float64=True) as team:
         observer = observe(recipe, source, stored, team.device)
         window = recipe.readout.window
         if merge:
             sums, tally = merged(merge, observer, window), Tally()
         else:
-            if team.rank == 0:
+            if team.leads:
                 log(f"fit-readout: model {source}, images {recipe.readout.source or 'drawn by the base itself'}")
             sums, tally = gather(observer, team, target, window)
-        if team.rank == 0:
+        if team.leads:
             for line in tally.lines() if tally.seen else ():
                 log(line)
             _finish(recipe, observer, sums, source, target)
@@ -86,8 +88,7 @@ def check(recipe: Recipe, source: Path) -> PixelFolder:
 
 def observe(recipe: Recipe, source: Path, stored: PixelFolder, device: torch.device) -> Observer:
     """The frozen model and its base, on the device when first used."""
-    pixel, base = open_base(source), open_base(recipe.base)
-    pixel.device = base.device = device
+    pixel, base = open_base(source, device=device), open_base(recipe.base, device=device)
     if recipe.readout.precision == "fp64":
         pixel.transformer.double()
     return Observer(base, pixel, stored, recipe, device)
@@ -148,7 +149,7 @@ def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target
     figures["head_leak"] = leak(found.head, stored.flow.basis, dtype)
     figures["verdict"] = report.verdict(figures)
     sign = sign_known(observer)
-    with files.new_folder(target) as folder:
+    with files.new_folder(target, STAGE) as folder:
         digests = write_model(folder, source, observer.pixel, stored, found, readout, sign, recipe)
         write_sums(folder / SUMS, sums, {"model": model_digest(observer), "images": sums.images})
         record = {"version": __version__, "base": recipe.base, "transformer_sha256": digests}

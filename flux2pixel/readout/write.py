@@ -20,8 +20,6 @@ from flux2pixel.runtime import files
 from flux2pixel.weights.checkpoint import open_checkpoint
 from flux2pixel.weights.write import Output, link_or_copy, write_file
 
-OURS = ("asymflow.json", "asymflow.safetensors", "README.md", "conversion.json", "model_index.json")
-
 
 def write_model(
     target: Path,
@@ -44,7 +42,7 @@ def write_model(
         place = target / path.relative_to(source)
         if path.is_dir():
             place.mkdir(exist_ok=True)
-        elif place.name == changed:
+        elif place.name in (changed, files.LISTING):
             continue
         elif path.parent == source or path.suffix in (".json", ".py", ".md"):
             shutil.copyfile(path, place)  # small, and some of them are rewritten below
