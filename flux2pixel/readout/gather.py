@@ -116,6 +116,17 @@ class Observer:
                 one = torch.ones_like(h[some][..., :1])
                 sums.part(f"{name}.level{number}", self.device).add(h[some].to(wide), one.to(wide), z[some], x[some])
 
+    def last(self, images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t (B, N, D) of the low-rank images at the last noise level, h (B, N, C), z_hat (B, N, r), sigma (B,)."""
+        flow = self.folder.flow.to(self.device)
+        height, width = images.rgb.shape[-2:]
+        grid = (height // self.folder.codec.patch, width // self.folder.codec.patch)
+        text = {name: value.to(self.device) for name, value in self.pixel.text(images.captions).items()}
+        sigma, z_t, tau = self._noisy(images, self.pairs(images)[1].float(), flow, "last")
+        h, z_hat = self.predict(z_t, tau, text, grid, flow)
+        x_t = z_t @ flow.basis.mT / per_token(flow.calibrate(sigma)[0], z_t)
+        return x_t, h.float(), z_hat, sigma
+
     def _noisy(self, images: Images, z: Tensor, flow: AsymFlow, what: str) -> tuple[Tensor, Tensor, Tensor]:
         """Noise levels sigma (B,), noisy latents z_tau (B, N, r) and times tau (B,)."""
         drawn = [draw(self.recipe.seed, digest, what, *z.shape[1:]) for digest in images.digests]
@@ -165,14 +176,7 @@ def check_features(base: Base, network: Any, h: Tensor, v: Tensor) -> None:
 
 def pilot(observer: Observer, images: Images, count: int) -> Tensor:
     """The ``count`` leading directions V (C, K) of the features of some images at the last noise level."""
-    flow = observer.folder.flow.to(observer.device)
-    _, z = observer.pairs(images)
-    height, width = images.rgb.shape[-2:]
-    grid = (height // observer.folder.codec.patch, width // observer.folder.codec.patch)
-    text = {name: value.to(observer.device) for name, value in observer.pixel.text(images.captions).items()}
-    _, z_t, tau = observer._noisy(images, z.float(), flow, "last")
-    h, _ = observer.predict(z_t, tau, text, grid, flow)
-    rows = h.flatten(0, 1).double()
+    rows = observer.last(images)[1].flatten(0, 1).double()
     return torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(1)[:, :count].contiguous().cpu()
 
 

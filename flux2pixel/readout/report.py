@@ -107,7 +107,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"| {row['what']} | {row['error']:.3f} | {row['psnr']:.2f} |" for row in found["ladder"]]
     lines += ["", "| noise level | complement explained by the head |", "|---|---|"]
     lines += [f"| {row['from']:g} to {row['to']:g} | {row['share']:.1%} |" for row in found["explained"]]
-    lines += ["", "| images of held-out scenes | blockiness, 1st differences | 2nd differences |", "|---|---|---|"]
+    lines += ["", "| patch-grid ratio | first differences | second differences |", "|---|---|---|"]
     lines += [f"| {row['what']} | {row['first']:.3f} | {row['second']:.3f} |" for row in found.get("grid", [])]
     lines += ["", f"{found['images']} images, {found['held_out_images']} of them held out; held-out error over fitted "]
     lines[-1] += f"error {found['overfit']:.3f}."

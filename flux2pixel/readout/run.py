@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux2pixel import __version__
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.readout import Readout
 from flux2pixel.data import Tally
 from flux2pixel.models.base import open_base
 from flux2pixel.models.folder import PixelFolder, equals_its_base, is_pixel_folder, read_folder
 from flux2pixel.readout import report
 from flux2pixel.readout.gather import Observer, Saved, gather, last_level
+from flux2pixel.readout.images import batches
 from flux2pixel.readout.solve import PARTS, Fit, fit
 from flux2pixel.readout.sums import Sums, read_sums, write_sums
 from flux2pixel.readout.write import finished, leak, write_model, write_record
@@ -22,7 +26,7 @@ from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.launch import set_threads
-from flux2pixel.runtime.processes import join
+from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import log
 
 STAGE, SUMS = "fit-readout", "sums.safetensors"
@@ -61,7 +65,7 @@ def fit_readout(
         if team.leads:
             for line in tally.lines() if tally.seen else ():
                 log(line)
-            _finish(recipe, observer, sums, source, target)
+            _finish(recipe, observer, sums, source, target, with_images=not merge)
             Saved(target, "", team).remove()
         team.barrier()
     return target
@@ -137,7 +141,7 @@ def enough(sums: Sums, recipe: Recipe) -> None:
         )
 
 
-def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target: Path) -> None:
+def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target: Path, with_images: bool) -> None:
     settings, stored = recipe.readout, observer.folder
     enough(sums, recipe)
     found = fit(sums, stored.flow, settings.parts, settings.levels, settings.ridge)
@@ -148,6 +152,7 @@ def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target
     dtype = network.get_submodule(observer.pixel.pixel_name(observer.pixel.projections.output)).weight.dtype
     figures["head_leak"] = leak(found.head, stored.flow.basis, dtype)
     figures["verdict"] = report.verdict(figures)
+    figures["grid"] = grid_rows(observer, found, readout) if with_images else []
     sign = sign_known(observer)
     with files.new_folder(target, STAGE) as folder:
         digests = write_model(folder, source, observer.pixel, stored, found, readout, sign, recipe)
@@ -157,6 +162,29 @@ def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target
         (folder / "readout.md").write_text(report.table(figures), encoding="utf-8")
     log(report.table(figures))
     log(f"wrote {target}")
+
+
+def grid_rows(observer: Observer, found: Fit, readout: Readout) -> list[dict[str, Any]]:
+    """The patch-grid ratios of some of the images, of the VAE's reconstruction, and of predictions at the last level.
+
+    The texture is left out of the prediction: it would be that of the images themselves, which sampling has not.
+    """
+    recipe, stored = observer.recipe, observer.folder
+    images = next(batches(recipe, observer.base, stored.sampler, Tally(), Team(device=observer.device), set()))
+    height, width = images.rgb.shape[-2:]
+    plain, codec = Codec(stored.codec.patch), Codec(stored.codec.patch, found.offset.to(observer.device))
+    x_t, h, z_hat, sigma = observer.last(images)
+    low = stored.flow.to(observer.device).lift(z_hat)
+    mean = replace(readout, directions=None, variance=None).to(observer.device)
+    x0 = low + h @ found.head.to(h).mT
+    grid = (height // stored.codec.patch, width // stored.codec.patch)
+    with torch.no_grad():
+        rebuilt = observer.base.decode(observer.pairs(images)[1].float(), height, width).clamp(0, 1)
+    shown = {"the images": images.rgb, "the VAE's reconstruction": rebuilt}
+    shown |= {"subspace alone": plain.decode(low, height, width)}
+    shown |= {"readout, without texture": codec.decode(mean.finish(x0, x_t, sigma, h, grid), height, width)}
+    ratio = partial(report.grid_ratio, patch=stored.codec.patch)
+    return [{"what": what, "first": ratio(rgb, order=1), "second": ratio(rgb, order=2)} for what, rgb in shown.items()]
 
 
 def sign_known(observer: Observer) -> float:
