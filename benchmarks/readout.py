@@ -222,8 +222,8 @@ def main() -> None:
         files.write_json(args.run / "readout-seconds.json", time.perf_counter() - began)
     sums, more = read_sums(args.run / "readout" / SUMS)[0], {}
     for name, changes in (("500 images", ["readout.images=500"]), ("2000 images", ["readout.images=2000"]),
-                          ("window 1", ["readout.window=1"])):  # fmt: skip
-        folder = args.run / name.replace(" ", "-")
+                          ("2000 images, window 1", ["readout.window=1", "readout.images=2000"])):  # fmt: skip
+        folder = args.run / name.replace(", ", "-").replace(" ", "-")
         if not folder.exists():
             fit_readout(recipes.load(None, settings + changes), args.run, out=folder)
         more[name] = read_sums(folder / SUMS)[0]

@@ -194,8 +194,8 @@ def test_the_prior_is_the_gaussian_posterior_and_ends_in_a_sample():
     assert torch.allclose(readout.prior(m, x, sigma), wanted)
     assert readout.prior(m, x, sigma)[0, 0] @ basis == pytest.approx((m[0, 0] @ basis).numpy(), abs=1e-12)
     refine = readout.bind((1, 1), lambda count: None)
-    noise = torch.randn(20_000, 1, 12, dtype=torch.float64, generator=generator)
-    levels = torch.linspace(1, 0, 65, dtype=torch.float64)
+    noise = torch.randn(10_000, 1, 12, dtype=torch.float64, generator=generator)
+    levels = torch.linspace(1, 0, 257, dtype=torch.float64)  # Euler's own error falls with the step
     drawn = sample(lambda x, sigma, final: refine(m.expand_as(x), x, sigma.expand(len(x)), final), noise, levels)
     found = ((drawn - m)[:, 0] @ directions).var(0)
     assert (found / variance - 1).abs().max() < 0.06

@@ -3,8 +3,7 @@
 M  tokens    a block is a matrix of tokens (M, width); blocks run side by side in one row u, and G = sum u u^T
 
 ``level``   h (C) | 1 | z (r) | x (D)             at noise levels drawn over [0, 1], in bins
-``last``    f (w w (K + r + 1)) | z_hat (r) | x (D) | h (C), where f holds only K < C directions of it
-            at the sampler's last noise level
+``last``    f (w w (K + r + 1)) | z_hat (r) | x (D) | h (C)    at the sampler's last noise level
 
 Everything is kept twice: over the images that are fitted, and over those held out. An image's content digest decides
 which it is, so that sums of several processes, of an interrupted run or of other images simply add. Held-out errors of
@@ -128,8 +127,8 @@ class Sums:
     def last_widths(self) -> Widths:
         """Blocks of a row at the last noise level."""
         seen = self.channels if self.directions is None else self.directions.shape[1]
-        widths = (("f", self.window**2 * (seen + self.rank + 1)), ("z_hat", self.rank), ("x", self.width))
-        return widths if self.directions is None else (*widths, ("h", self.channels))
+        features = self.window**2 * (seen + self.rank + 1)
+        return (("f", features), ("z_hat", self.rank), ("x", self.width), ("h", self.channels))
 
     def part(self, name: str, device: torch.device | str = "cpu") -> Gram:
         """The gram called ``name``, made when first asked for."""
