@@ -30,6 +30,10 @@ from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import log
 
 STAGE, SUMS = "fit-readout", "sums.safetensors"
+CARD = """
+What the basis leaves out was fitted in closed form to the frozen network's own features, without training: {parts}, on
+{images} images (`readout.md`). The head is in `transformer/`; prior and last step are in `asymflow.safetensors`.
+"""
 TOKENS_A_FEATURE = 2  # tokens to fit on, at least, for every feature of the last step
 
 
@@ -160,7 +164,11 @@ def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target
         record = {"version": __version__, "base": recipe.base, "transformer_sha256": digests}
         write_record(folder, record | figures | {"recipe": as_dict(recipe)})
         (folder / "readout.md").write_text(report.table(figures), encoding="utf-8")
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(CARD.format(parts=", ".join(settings.parts), images=sums.images))
     log(report.table(figures))
+    if (target / "model_index.json").is_file() and {"prior", "last"} & set(settings.parts):
+        log("note: the diffusers pipeline in the folder draws head and offset alone; flux2pixel draws every part")
     log(f"wrote {target}")
 
 
