@@ -1,18 +1,21 @@
 """Text encodings once a prompt, not once an image: ``python benchmarks/eval_reuse.py``.
 
-The conditionings of the miniature's 120 prompts x 4 samples through `Texts`, as eval takes them (each distinct prompt
-once, in batches), against one call of the encoder an image. Median of interleaved repeats, both sides in seconds.
+The conditionings of the miniature's 120 prompts x 4 samples through `Texts` on disk, as eval takes them (each distinct
+prompt encoded once, in chunks, and read back for every batch), against one call of the encoder an image. Median of
+interleaved repeats, both sides in seconds.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from flux2pixel.evaluate.texts import Texts
+from flux2pixel.evaluate.store import Texts
 from flux2pixel.miniature import world
 from flux2pixel.models import base as bases
 
@@ -40,10 +43,12 @@ def text() -> None:
     base.text(["warm up"])
 
     def once() -> None:
-        texts = Texts()
-        texts.expect(prompts)
-        for first in range(0, len(prompts), BATCH):
-            texts.of("encoder", base.text, prompts[first : first + BATCH])
+        with tempfile.TemporaryDirectory() as folder:
+            texts = Texts(Path(folder))
+            for chunk in texts.missing("encoder", prompts):
+                texts.add("encoder", chunk, base.text)
+            for first in range(0, len(prompts), BATCH):
+                texts.of("encoder", prompts[first : first + BATCH])
 
     def every_image() -> None:
         for prompt in prompts:

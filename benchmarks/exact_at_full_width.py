@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
+from flux2pixel.asymflow.linalg import polar
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.models.base import Base
-from flux2pixel.subspace.solvers import polar
+from flux2pixel.convert.plan import latent_config, pixel_config
+from flux2pixel.models.base import Base, published
 
 STEPS, GRID = 8, (3, 4)
 KL = {"latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}
@@ -34,7 +33,7 @@ VAE = {
 def error(base: Base) -> tuple[float, int]:
     """Largest error of the identities, and the parameters of the shallow model."""
     generator = torch.Generator().manual_seed(0)
-    config = base.shallow({k: v for k, v in base.config.items() if k != "_class_name"})
+    config = base.shallow(latent_config(base))
     torch.set_default_dtype(torch.float64)
     latent = base.network_class()(**config).eval().requires_grad_(False)
     for parameter in latent.parameters():
@@ -43,7 +42,7 @@ def error(base: Base) -> tuple[float, int]:
     basis = polar(torch.randn(base.token_width, base.latent_width, generator=generator))
     flow = AsymFlow(basis, 1.7)
     with torch.device("meta"):
-        pixel = base.network_class()(**base.pixel_config(config))
+        pixel = base.network_class()(**pixel_config(base, config))
     pixel.load_state_dict(fold(state, basis, base.projections, base.pixel_name), assign=True)
     # What a constructor computes and does not save is the latent model's.
     pixel.eval().pos_embed = getattr(latent, "pos_embed", None) if base.family != "sd3" else pixel.pos_embed
@@ -69,8 +68,7 @@ def main() -> None:
         "flux2-klein-4b",
     ]:
         begun = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            worst, parameters = error(opened(alias, Path(folder)))
+        worst, parameters = error(published(KNOWN[alias]))
         record = {"base": alias, "error": worst, "parameters": parameters, "steps": STEPS, "tokens": GRID[0] * GRID[1]}
         print(json.dumps(record | {"seconds": round(time.perf_counter() - begun, 1)}), flush=True)
 

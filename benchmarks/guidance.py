@@ -45,9 +45,9 @@ def prompts() -> list[dict]:
 
 def score(folder: Path, run: Path, posed: list[dict], truth: np.ndarray, settings: dict[str, object]) -> str:
     """One row of the table: the model's GenEval and distances at these ``[sample]`` settings."""
-    given = tomllib.loads((run / "recipe.toml").read_text())["seed"] if (run / "recipe.toml").is_file() else 0
+    given = tomllib.loads((run / "recipe.toml").read_text()).get("seed", 0) if (run / "recipe.toml").is_file() else 0
     recipe = recipes.load(None, [f"seed={given}", *(f"sample.{k}={str(v).lower()}" for k, v in settings.items())])
-    model = open_model(folder, recipe, run)
+    model = open_model(folder, recipe.sample, subspace=run / "subspace.safetensors")
     text, empty = model.text([m["prompt"] for m in posed]), model.text([""])
     latent = bases.open_base("klein-tiny")
     images, count = [], (world.SIZE // latent.patch_size) ** 2

@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    settings = ["readout.source=scenes", f"readout.images={args.images}"]
+    settings = ["base=klein-tiny", f"readout.images={args.images}"]
     recipe = recipes.load(None, settings)
     args.run.mkdir(parents=True, exist_ok=True)
     if not (args.run / "converted").exists():

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from flux2pixel.asymflow.linalg import polar
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.subspace.estimators import polar
 
 WIDTH, RANK, SCALE = 768, 128, 1.3
 Recover = Callable[[Tensor, Tensor, Tensor], Tensor]

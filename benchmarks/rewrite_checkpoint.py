@@ -3,9 +3,10 @@
     python benchmarks/rewrite_checkpoint.py [--folder DIR] [--double 8 --single 24] [--shard 5] [--repeats 3]
 
 Makes a synthetic base with klein 9B's own tensor shapes (random bytes, depth reduced on request), then in turn copies
-its transformer with ``cp -r`` and converts it: plan, stream, fold, hash, check every value, reopen. Both sides end with
-their bytes on the disk (``sync``, ``fsync``); importing the libraries is not counted. Prints medians, the ratio,
-``--link``, and the memory of a process that converts less that of one that has only imported the libraries and planned.
+its transformer with ``cp -r`` and converts it: plan, copy, fold, read back, hash, check every value, reopen, compare
+the folded tensors with the independent fold. Both sides end with their bytes on the disk (``sync``); importing the
+libraries is not counted. Prints medians, the ratio, ``--link``, and the memory of a process that converts less that of
+one that has only imported the libraries and planned.
 Everything it wrote is deleted.
 """
 
@@ -81,27 +82,26 @@ def _declare(name: str, shape: tuple[int, ...]):
 
 
 def child(base: str, out: str, link: bool) -> None:
-    """Convert as the stage does, up to and with the check of the written folder; no ``out``: only import and plan."""
+    """Convert as the stage does, up to and with the comparison of every tensor; no ``out``: only import and plan."""
     import torch
     from diffusers import Flux2Transformer2DModel  # noqa: F401  # the first use would count as rewriting
 
+    from flux2pixel.asymflow.linalg import polar
     from flux2pixel.asymflow.method import AsymFlow
-    from flux2pixel.convert.extras import Extras
-    from flux2pixel.convert.plan import class_shapes
-    from flux2pixel.convert.prepare import prepare
-    from flux2pixel.convert.run import write_transformer
-    from flux2pixel.convert.verify import check_written
+    from flux2pixel.convert.compare import check_tensors, open_written
+    from flux2pixel.convert.prepare import Extras, prepare
+    from flux2pixel.convert.run import check_places, write_transformer
     from flux2pixel.recipe import load
-    from flux2pixel.subspace.estimators import polar
 
     recipe = load(None, [f"base={base}"])
-    flow = AsymFlow(polar(torch.randn(768, 128, dtype=torch.float64)), 1.1)
+    flow = AsymFlow(polar(torch.randn(768, 128, dtype=torch.float64)).float(), 1.1)
     began = time.perf_counter()
     job = prepare(recipe, flow, Extras(link=link))
     if out:
-        config = job.base.pixel_config(job.base.config)
-        write_transformer(job.plan, Path(out), config, job.base, recipe)
-        check_written(Path(out), job.plan, class_shapes(job.base.network_class(), config))
+        write_transformer(job.plan, Path(out), job.base, recipe)
+        written = open_written(Path(out), job)
+        check_places(job.plan, written)
+        check_tensors(job, written, copied={o.name for s in job.plan.shards for o in s.outputs if not o.rows})
         os.sync()
     print(json.dumps({"seconds": time.perf_counter() - began, "planned": job.plan.working_memory}))
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
     parser.add_argument("--double", type=int, default=8)
     parser.add_argument("--single", type=int, default=24)
-    parser.add_argument("--shard", type=float, default=5.0, help="largest shard of the base, GB")
+    parser.add_argument("--shard", type=float, default=5.0, help="largest shard of the base, GB; 10: 2 files, 99: 1")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="rewrite-", dir=args.folder))

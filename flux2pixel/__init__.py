@@ -1,25 +1,88 @@
-"""flux2pixel: turn a pretrained latent flow model into a pixel-space one, finetune it, and prove the result."""
+"""flux2pixel: turn a pretrained latent flow model into a pixel-space one, finetune it, and prove the result.
+
+Everything the command line does is a function here, so a notebook needs no shell::
+
+    from pathlib import Path
+
+    import flux2pixel
+
+    run = Path("runs/first")
+    recipe = flux2pixel.load_recipe(base="klein-tiny", finetune={"steps": 240}, eval={"prompts": 24})
+    flux2pixel.fit_subspace(recipe, run)
+    converted = flux2pixel.convert(recipe, run)
+    finetuned = flux2pixel.finetune(recipe, run)
+    flux2pixel.evaluate(recipe, run)
+    images = flux2pixel.open_model(finetuned).generate("a photo of a red circle", seed=0)
+
+``load_recipe`` gives the base's own defaults where nothing is said, and reads a recipe file as the command line does;
+a ``Recipe`` made by hand, ``Recipe(base=..., finetune=Finetune(...))``, has the generic ones. torch and the rest are
+imported when a name is first used.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux2pixel.asymflow.method import AsymFlow as AsymFlow
+    from flux2pixel.models.model import open_model as open_model
     from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline as AsymFlowPipeline
+    from flux2pixel.recipe import Convert as Convert
+    from flux2pixel.recipe import Data as Data
+    from flux2pixel.recipe import Eval as Eval
+    from flux2pixel.recipe import Finetune as Finetune
+    from flux2pixel.recipe import FitSubspace as FitSubspace
+    from flux2pixel.recipe import Recipe as Recipe
+    from flux2pixel.recipe import Sample as Sample
+    from flux2pixel.recipe import load
+    from flux2pixel.subspace.run import fit_subspace as fit_subspace
+
+    load_recipe = load
 
 __version__ = "0.2.0"
-__all__ = ["AsymFlow", "AsymFlowPipeline", "__version__"]
+
+_PUBLIC = {
+    "AsymFlow": "asymflow.method:AsymFlow",
+    "AsymFlowPipeline": "pipelines.flux2_klein:AsymFlowPipeline",
+    "Recipe": "recipe:Recipe",
+    "FitSubspace": "recipe:FitSubspace",
+    "Convert": "recipe:Convert",
+    "Data": "recipe:Data",
+    "Finetune": "recipe:Finetune",
+    "Sample": "recipe:Sample",
+    "Eval": "recipe:Eval",
+    "load_recipe": "recipe:load",
+    "fit_subspace": "subspace.run:fit_subspace",
+    "open_model": "models.model:open_model",
+}
+_VERBS = ("convert", "finetune", "evaluate")
+"""Functions that share their name with their package, which therefore can be called (:class:`Verb`)."""
+
+__all__ = ["__version__", *_PUBLIC, *_VERBS]
 
 
-def __getattr__(name: str):
+class Verb(ModuleType):
+    """A verb's package that is also its function: ``flux2pixel.convert(recipe, run)`` is that of ``convert.run``.
+
+    ``import flux2pixel.convert.plan`` must go on working, so the package cannot give way to the function.
+    """
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Call the function of the package's name in its module ``run``."""
+        return getattr(import_module(f"{self.__name__}.run"), self.__name__.rpartition(".")[2])(*given, **named)
+
+
+def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `flux2pixel --help` must not pay for it.
-    if name == "AsymFlow":
-        from flux2pixel.asymflow.method import AsymFlow
-
-        return AsymFlow
-    if name == "AsymFlowPipeline":
-        from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline
-
-        return AsymFlowPipeline
+    if name in _VERBS:
+        return import_module(f"flux2pixel.{name}")
+    if name in _PUBLIC:
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(f"flux2pixel.{module}"), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,13 +8,13 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from safetensors.torch import load_file, save_file
 
+from flux2pixel.asymflow.linalg import polar
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import Float64Throughout, exactness, fold
 from flux2pixel.convert.run import convert
 from flux2pixel.families.flux2 import Flux2
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.subspace.estimators import polar
 from flux2pixel.weights.subspace import read_subspace, write_subspace
 
 

@@ -6,15 +6,17 @@ import math
 import pytest
 import torch
 from families import TINY, write_base
+from typer.testing import CliRunner
 
-from flux2pixel.convert import verify
+from flux2pixel.asymflow.linalg import polar
+from flux2pixel.cli import app
+from flux2pixel.convert import proof
 from flux2pixel.convert.fold import fold_in, fold_out
 from flux2pixel.convert.plan import class_shapes
 from flux2pixel.convert.run import convert
 from flux2pixel.models.base import open_base
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.subspace.solvers import polar
 from flux2pixel.weights.subspace import read_subspace, write_subspace
 
 
@@ -54,7 +56,7 @@ def test_a_model_beyond_memory_is_proven_with_a_block_of_each_kind(tmp_path, nam
         for config in (whole, base.shallow(whole))
     ]
     assert sizes[1] < sizes[0]
-    monkeypatch.setattr(verify, "available_memory", lambda: sizes[0] + sizes[1])  # half of it is the budget
+    monkeypatch.setattr(proof, "available_memory", lambda device: sizes[0] + sizes[1])  # half of it is the budget
     _, _, record = run(tmp_path, name, **deep)
     assert record["exactness"]["depth"] == "one block of each kind"
     assert record["exactness"]["max_abs_error"] < 1e-9
@@ -83,14 +85,17 @@ def test_folds_are_the_products_in_every_order_and_shape():
 @pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image"])
 def test_without_a_subspace_one_is_fitted_to_the_vae_alone(tmp_path, name, capsys):
     base = open_base(write_base(tmp_path / "base", name))
-    recipe = load(None, [f"base={base.folder}", "convert.verify_steps=4", "fit_subspace.points=8"])
-    written = convert(recipe, tmp_path / "run")
-    record = json.loads((written / "conversion.json").read_text())
+    words = ["convert", "--base", str(base.folder), "--run", str(tmp_path / "run"), "--set", "convert.verify_steps=4"]
+    words += ["--set", "fit_subspace.points=8"]
+    first = CliRunner().invoke(app, words)
+    assert first.exit_code == 0, first.output
+    record = json.loads((tmp_path / "run" / "converted" / "conversion.json").read_text())
     assert record["exactness"]["max_abs_error"] < 1e-9
     assert record["subspace"]["method"] == "vae-jacobian" and record["subspace"]["images"] == "0"
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err + first.output
     assert "vae-jacobian, data-free" in said and "fit-subspace" in said and "--images FOLDER" in said
     flow, metadata = read_subspace(tmp_path / "run" / "subspace.safetensors")
     assert flow.basis.shape == (base.token_width, base.latent_width) and metadata["data_free"] == "True"
-    convert(recipe, tmp_path / "run")
-    assert "data-free" not in capsys.readouterr().err, "a second run takes the subspace that is there"
+    again = CliRunner().invoke(app, [*words, "--overwrite"])
+    assert again.exit_code == 0, again.output
+    assert "data-free" not in capsys.readouterr().err + again.output, "a second run takes the subspace that is there"

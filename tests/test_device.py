@@ -59,7 +59,7 @@ def test_a_model_draws_where_its_weights_are(pixel: bool) -> None:
 def test_a_base_and_a_pixel_model_load_to_the_device_asked_for(tmp_path: Path) -> None:
     """meta stands for the GPU: whatever is loaded goes there."""
     write_subspace(tmp_path / "subspace.safetensors", torch.eye(192)[:, :48], torch.tensor(1.0), {"method": "test"})
-    model = open_model(resolve("klein-tiny"), load(), tmp_path, torch.device("meta"))
+    model = open_model(resolve("klein-tiny"), subspace=tmp_path / "subspace.safetensors", device="meta")
     assert {part.device.type for part in (model.base.transformer, model.base.vae, model.flow.basis)} == {"meta"}
 
 

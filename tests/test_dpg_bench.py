@@ -10,6 +10,7 @@ from PIL import Image
 from flux2pixel.evaluate import dpg_bench
 from flux2pixel.evaluate.dpg_bench.questions import COLUMNS, git_blob
 from flux2pixel.evaluate.dpg_bench.scoring import gate, parse
+from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.evaluate.suite import Record
 from flux2pixel.runtime.errors import UsageError
 
@@ -147,14 +148,14 @@ def test_the_suite_scores_grids_crop_by_crop(tmp_path):
     samples = []
     for prompt in suite.prompts:
         Image.fromarray(pixels).save(tmp_path / f"{prompt.id}.png")
-        samples += dpg_bench.grid(prompt, tmp_path / f"{prompt.id}.png", 8)
+        samples += ImageFile(tmp_path / f"{prompt.id}.png", prompt, tuple(range(4))).samples((8, 8))
     records = list(suite.score(samples))
     assert [record.score for record in records] == [0, 1, 0, 0] * 3
-    summary = suite.summary(Record(**record.as_dict()) for record in records)
+    summary = dpg_bench.summarise(suite.prompts, (Record(**record.as_dict()) for record in records))
     assert summary["overall"]["score"] == summary["official"]["total"] == 25.0
     assert summary["official"]["items"] == 2 and summary["repaired"]["items"] == 3
     assert summary["official"]["failed"] == {"zero": "no such item in the questions"}
     assert summary["groups"]["entity"]["score"] == 0.0 and summary["repaired"]["l1"]["entity"] == 25.0
-    partial = suite.summary(records[:-1])
+    partial = dpg_bench.summarise(suite.prompts, records[:-1])
     assert partial["missing"] == [("b", 3)] and "overall" not in partial and "total" not in partial["official"]
     assert not suite.provenance()["questions_official"]

@@ -12,15 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_base import CONFIG, tiny_transformer, write_tiny_base
 
+from flux2pixel.asymflow.linalg import polar
+from flux2pixel.cli.convert import parse_lora
 from flux2pixel.convert.export import export, extract, lora_layer, released_config
-from flux2pixel.convert.extras import Extras, parse_lora
 from flux2pixel.convert.plan import class_shapes
+from flux2pixel.convert.prepare import Extras
 from flux2pixel.convert.run import convert
 from flux2pixel.families.flux2 import Flux2
 from flux2pixel.models import base as bases
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
-from flux2pixel.subspace.estimators import polar
 from flux2pixel.weights import bfl
 from flux2pixel.weights.checkpoint import open_checkpoint
 from flux2pixel.weights.subspace import write_subspace

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import weakref
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from flux2pixel.cli import app
 from flux2pixel.evaluate import columns as models
 from flux2pixel.evaluate import drawing as generate
 from flux2pixel.evaluate import layout, png
-from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.columns import FlowDrawer
 from flux2pixel.evaluate.drawing import Clock, Order
-from flux2pixel.evaluate.ledger import Entry, Ledger
 from flux2pixel.evaluate.run import evaluate
+from flux2pixel.evaluate.store import CHUNK, Digests, Entry, Ledger, Texts
 from flux2pixel.evaluate.suite import Prompt, Record
-from flux2pixel.evaluate.texts import Texts
 from flux2pixel.models import base as bases
+from flux2pixel.models.base import Base
 from flux2pixel.recipe import load
-from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 SMALL = ["eval.prompts=6", "eval.samples=2", "eval.fidelity_images=12", "sample.steps=2", "eval.batch=4", "threads=1"]
 PROMPTS = [Prompt(f"{i:05d}", f"prompt {i}", "tag", 4, {"n": i}) for i in range(5)]
@@ -38,10 +43,13 @@ class Pencil:
     def draw(self, prompts: Any, keys: Any, size: Any) -> np.ndarray:
         self.images += len(keys)
         rows = [
-            np.random.default_rng([len(p), *key]).integers(0, 255, (size[1], size[0], 3))
+            np.random.default_rng([len(p), *key]).integers(0, 255, (*size, 3))
             for p, key in zip(prompts, keys, strict=True)
         ]
         return np.stack(rows).astype(np.uint8)
+
+    def close(self) -> None:
+        """Nothing was loaded."""
 
 
 def order(**changes: Any) -> Order:
@@ -96,7 +104,7 @@ def test_a_grid_holds_its_samples_row_by_row(tmp_path: Path) -> None:
 def test_a_png_says_what_made_it_and_whether_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     png.write(path, np.zeros((4, 6, 3), np.uint8), "digest")
-    assert (png.read_digest(path), png.fault(path), png.size(path)) == ("digest", None, (6, 4))
+    assert (png.read_digest(path), png.fault(path), png.size(path)) == ("digest", None, (4, 6))
     whole = path.read_bytes()
     path.write_bytes(whole[:-6])
     assert png.fault(path) == "is cut off" and png.read_digest(path) is None
@@ -133,25 +141,33 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path: Path) -> None:
         digests.of_model(tmp_path / "empty")
 
 
-def test_each_prompt_is_encoded_once() -> None:
+def test_sizes_are_height_and_width(tmp_path: Path) -> None:
+    wide = {"size_of": lambda _: (4, 8)}
+    make(tmp_path / "one", "geneval", 4, **wide)
+    make(tmp_path / "grid", "dpg-bench", 4, **wide)
+    for file in layout.image_files("dpg-bench", tmp_path / "grid", PROMPTS, 4):
+        assert Image.open(file.path).size == (16, 8) and png.size(file.path) == (8, 16)
+        for sample in file.samples((4, 8)):
+            alone = Image.open(tmp_path / "one" / file.prompt.id / "samples" / f"{sample.index:04d}.png")
+            assert alone.size == (8, 4) and np.array_equal(Image.open(file.path).crop(sample.box), alone)
+
+
+def test_conditionings_are_kept_one_by_one_in_their_dtype(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
         asked.extend(prompts)
-        return {"text": torch.tensor([[float(len(p))] for p in prompts])}
+        return {"text": torch.tensor([[float(len(p))] for p in prompts], dtype=torch.bfloat16)}
 
-    texts = Texts()
-    texts.expect(["", "a", "bb", "ccc"])
-    assert texts.of("encoder", encode, ["a", "a", "bb"])["text"].flatten().tolist() == [1, 1, 2]
-    assert texts.of("encoder", encode, ["ccc", "a"])["text"].flatten().tolist() == [3, 1]
-    assert sorted(asked) == ["a", "bb", "ccc"] and texts.encoded == 3
-    texts.of("another encoder", encode, ["a"])
-    assert len(asked) > 3
-    small = Texts(budget=8)
-    small.of("encoder", encode, ["a", "bb", "ccc"])
-    before = len(asked)
-    small.of("encoder", encode, ["a"])
-    assert len(asked) == before + 1, "what does not fit is encoded again"
+    texts = Texts(tmp_path)
+    many = ["x" * i for i in range(CHUNK + 1)]
+    assert [len(chunk) for chunk in texts.missing("encoder", [*many, *many])] == [CHUNK, 1]
+    for chunk in texts.missing("encoder", ["a", "bb", "a", "ccc"]):
+        texts.add("encoder", chunk, encode)
+    found = Texts(tmp_path).of("encoder", ["ccc", "a", "a"])["text"]
+    assert found.flatten().tolist() == [3, 1, 1] and found.dtype == torch.bfloat16
+    assert asked == ["a", "bb", "ccc"] and texts.missing("encoder", ["a", "d"]) == [["d"]]
+    assert texts.missing("another encoder", ["a"]) == [["a"]]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +192,8 @@ def test_a_rerun_does_no_model_work(run: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a model was opened, or an image judged or measured, again")
 
     for place in (
-        "flux2pixel.evaluate.columns.FlowDrawer",
+        "flux2pixel.evaluate.columns.FlowDrawer.open",
+        "flux2pixel.evaluate.columns.FlowDrawer.encoder",
         "flux2pixel.miniature.detector.detect",
         "flux2pixel.evaluate.fidelity.reference.measure",
         "flux2pixel.evaluate.fidelity.reference.renders",
@@ -190,6 +207,88 @@ def test_a_rerun_does_no_model_work(run: Path, monkeypatch: pytest.MonkeyPatch) 
     changed = load(None, [*SMALL, "sample.steps=1"])
     with pytest.raises(AssertionError, match="a model was opened"):
         evaluate(changed, run)
+
+
+def test_models_of_one_encoder_share_their_texts_and_nothing_is_loaded_together(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder, models and judge in turn: what one needs is let go before the next is opened."""
+    from flux2pixel.miniature import detector
+
+    texts: list[str] = []
+    drawing: set[FlowDrawer] = set()
+    encoders: list[weakref.ref[Any]] = []
+    order: list[str] = []
+    text, detect, opened, closed = Base.text, detector.detect, FlowDrawer.open, FlowDrawer.close
+
+    def count(self: Base, prompts: Any) -> Any:
+        assert not drawing
+        order.append("text")
+        encoders.append(weakref.ref(self.text_encoder))
+        texts.extend(prompts)
+        return text(self, prompts)
+
+    def start(self: FlowDrawer) -> FlowDrawer:
+        assert not drawing and all(encoder() is None for encoder in encoders)
+        order.append("draw")
+        drawing.add(self)
+        return opened(self)
+
+    def end(self: FlowDrawer) -> None:
+        drawing.remove(self)
+        closed(self)
+
+    def see(image: Any) -> Any:
+        assert not drawing
+        order.append("judge")
+        return detect(image)
+
+    monkeypatch.setattr(Base, "text", count)
+    monkeypatch.setattr(FlowDrawer, "open", start)
+    monkeypatch.setattr(FlowDrawer, "close", end)
+    monkeypatch.setattr(detector, "detect", see)
+    for name in ("subspace.safetensors", "converted"):
+        (tmp_path / name).symlink_to(run / name)
+    evaluate(load(None, [*SMALL, "eval.suite=['geneval']"]), tmp_path)
+    assert len(texts) == len(set(texts)) == 7, "six prompts and the empty one, for both models"
+    assert [name for name, _ in groupby(order)] == ["text", "draw", "judge"] and order.count("draw") == 2
+    order.clear()
+    evaluate(load(None, [*SMALL, "eval.suite=['geneval']", "sample.steps=3"]), tmp_path)
+    assert [name for name, _ in groupby(order)] == ["draw", "judge"], "other steps, the same texts"
+
+
+def test_an_image_that_is_not_finite_is_an_error_and_not_a_score(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "converted", broken)
+    (weights,) = (broken / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["proj_out.weight"][:] = float("nan")
+    weights.unlink()
+    save_file(tensors, weights)
+    recipe = load(None, [*SMALL, "eval.suite=['geneval']"])
+    with pytest.raises(Flux2PixelError, match=r"'a photo of .*', seed \d+, sample 0: .*not finite"):
+        evaluate(recipe, tmp_path, [str(broken)])
+    assert not list((tmp_path / "eval" / "images").rglob("*.png"))
+
+
+def test_the_report_says_how_every_column_was_drawn(run: Path, tmp_path: Path) -> None:
+    recipe = load(None, [*SMALL, "eval.suite=['geneval']", "sample.guidance=2"])
+    stock = tmp_path / "stock"
+    stock.symlink_to(bases.resolve("klein-tiny"))
+    evaluate(recipe, tmp_path, [str(run / "converted"), str(stock)])
+    rows = json.loads((tmp_path / "report.json").read_text())["models"]
+    drawn = {name: row["generation"] for name, row in rows.items()}
+    for one in drawn.values():
+        assert (one["steps"], one["guidance"], one["seed"], one["sizes"]) == (2, 2.0, 0, {"geneval": {"32x32": 6}})
+    assert drawn["converted"]["shift"] == 1.0 and "shift" not in drawn["stock"]
+
+
+def test_a_mistyped_run_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", "--run", str(tmp_path / "typo")])
+    assert result.exit_code == 2 and "typo: no such run" in result.stderr
+    assert not (tmp_path / "typo").exists()
 
 
 def test_two_processes_equal_one_and_a_killed_run_goes_on(run: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_batch_of_mixed_sizes_scores_as_one_at_a_time(tiny, tmp_path, monkeypa
             assert set(seen.detections) <= set(CLASSES)
             np.testing.assert_allclose(found, alone.detections[name], atol=1e-4)
         name, found = next(iter(seen.detections.items()))
-        assert seen.color(name, tuple(found[0][:4])) in COLORS
+        assert set(seen.colors(name, [tuple(one[:4]) for one in found])) <= set(COLORS)
 
     rows = [
         {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}

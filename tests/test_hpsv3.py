@@ -149,7 +149,7 @@ def test_the_benchmark_is_read_with_sizes_and_both_texts(tmp_path):
     assert len(prompts) == 24 and len({prompt.id for prompt in prompts}) == 24
     first, second = prompts[:2]
     assert (first.id, first.group, first.text, first.samples) == ("Characters-00000", "Characters", "Characters one", 1)
-    assert first.data["size"] == (704, 1408) and second.data["size"] == (1216, 832)
+    assert first.data["size"] == (1408, 704) and second.data["size"] == (832, 1216)
     assert first.data["script_text"] == "Characters one\n\na/b.jpg"
     assert second.data["script_text"] == "two\n\nlines\n\ns"
     assert benchmark.size_of({"image_file": "x", "aspect_ratio": 1.0}) == (1024, 1024)
@@ -180,10 +180,10 @@ def test_the_suite_means_its_categories_and_says_which_text_it_scored(tmp_path):
         samples.append(Sample(prompt, 0, tmp_path / f"{prompt.id}.png"))
     records = list(suite.score(samples))
     assert records[0].score == len("Characters one") and records[0].details == {"sigma": 1.0}
-    summary = suite.summary(Record(**record.as_dict()) for record in records)
+    summary = hpsv3.summarise(suite.prompts, (Record(**record.as_dict()) for record in records))
     assert summary["overall"]["score"] == pytest.approx(summary["table"]["OVERALL"]["mean"])
     assert summary["scored_text"] == "caption only" and set(summary["groups"]) == set(hpsv3.CATEGORIES)
-    partial = suite.summary(records[1:])
+    partial = hpsv3.summarise(suite.prompts, records[1:])
     assert (
         "overall" not in partial
         and "OVERALL" not in partial["table"]

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from flux2pixel.evaluate.statistics import mean_interval, paired_difference, tag_mean_interval
+from flux2pixel.evaluate.statistics import difference, mean_interval, tag_mean_interval
+from flux2pixel.evaluate.suite import Prompt, Record
 
 
 def verdicts(prompts: int, seed: int, images: int = 4) -> list[list[bool]]:
@@ -34,20 +35,25 @@ def test_the_mean_lies_inside_and_a_sure_thing_has_no_width() -> None:
 def test_pairing_is_tighter_than_two_intervals_and_signed() -> None:
     b = verdicts(100, 3)
     a = [[True, *values[1:]] for values in b]
-    difference, low, high = paired_difference(a, b)
-    assert 0 < low < difference < high
+    prompts = [Prompt(str(i), "", "", 4) for i in range(100)]
+
+    def records(verdicts: list[list[bool]]) -> list[Record]:
+        return [Record(str(i), j, "", float(v)) for i, row in enumerate(verdicts) for j, v in enumerate(row)]
+
+    gap = difference(prompts, records(a), records(b))
+    assert gap is not None and 0 < gap["low"] < gap["difference"] < gap["high"] and gap["prompts"] == 100
     _, one_low, one_high = mean_interval(a)
-    assert high - low < one_high - one_low
-    assert paired_difference(b, a)[0] == pytest.approx(-difference)
-    assert paired_difference(b, b) == (0.0, 0.0, 0.0)
+    assert gap["high"] - gap["low"] < one_high - one_low
+    assert difference(prompts, records(b), records(a))["difference"] == pytest.approx(-gap["difference"])
+    assert difference(prompts, records(b), records(b)) == {"difference": 0.0, "low": 0.0, "high": 0.0, "prompts": 100}
+    assert difference(prompts, records(a), records(b)[:20], percent=True)["prompts"] == 5
+    assert difference(prompts, records(a), []) is None
 
 
 @pytest.mark.parametrize("bad", [[], [[True], []]])
 def test_nothing_to_average_is_an_error(bad: list[list[bool]]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         mean_interval(bad)
-    with pytest.raises(ValueError, match="must be the same"):
-        paired_difference([[True]], [[True], [False]])
 
 
 def test_overall_is_the_mean_of_the_tags_whatever_their_sizes() -> None:

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from flux2pixel.evaluate import layout, png
-from flux2pixel.evaluate.digests import Digests
-from flux2pixel.evaluate.memo import Memo
 from flux2pixel.evaluate.run import evaluate
+from flux2pixel.evaluate.store import Digests, Memo
 from flux2pixel.evaluate.suite import Prompt
 from flux2pixel.evaluate.suites import open_suites
 from flux2pixel.miniature import world
@@ -33,13 +32,13 @@ def make(suite: str, folder: Path, prompts: list[Prompt], pixels: np.ndarray = P
 @pytest.mark.parametrize(("suite", "prompts"), [("geneval", PROMPTS), ("dpg-bench", ITEMS), ("hpsv3", CARDS)])
 def test_what_was_written_is_read_back(tmp_path: Path, suite: str, prompts: list[Prompt]) -> None:
     make(suite, tmp_path, prompts)
-    found = layout.read_folder(suite, tmp_path, prompts, side=4)
+    found = layout.read_folder(suite, tmp_path, prompts, size=(4, 4))
     assert found.files == layout.image_files(suite, tmp_path, prompts, 4)
     assert not found.missing and not found.faults
 
 
 def faults(suite: str, folder: Path, prompts: list[Prompt]) -> list[str]:
-    return layout.read_folder(suite, folder, prompts, side=4).faults
+    return layout.read_folder(suite, folder, prompts, size=(4, 4)).faults
 
 
 def test_geneval_faults(tmp_path: Path) -> None:
@@ -64,7 +63,7 @@ def test_geneval_faults(tmp_path: Path) -> None:
     make("geneval", tmp_path, PROMPTS)
     (inside / "0003.png").unlink()
     shutil.rmtree(tmp_path / "00002")
-    found = layout.read_folder("geneval", tmp_path, PROMPTS, 0)
+    found = layout.read_folder("geneval", tmp_path, PROMPTS, None)
     assert len(found.files) == 7 and not found.faults
     assert [line.rpartition(": ")[2] for line in found.missing] == ["3 of 4 images", "0 of 4 images"]
 
@@ -75,14 +74,14 @@ def test_grids_of_another_size_and_strangers_are_refused(tmp_path: Path) -> None
     png.write(tmp_path / "item1.again.png", PIXELS, "x")
     png.write(tmp_path / "stranger.png", PIXELS, "x")
     lines = faults("dpg-bench", tmp_path, ITEMS)
-    for said in ("is 4x4; a 2 x 2 grid of 4-pixel samples is 8x8", "the same item as", "no item 'stranger'"):
+    for said in ("is 4x4; a 2 x 2 grid of samples of 4x4 pixels is 8x8", "the same item as", "no item 'stranger'"):
         assert any(said in line for line in lines), said
 
 
 def test_four_files_instead_of_a_grid(tmp_path: Path) -> None:
     for index in range(4):
         png.write(tmp_path / "item0" / f"{index}.png", PIXELS, "x")
-    found = layout.read_folder("dpg-bench", tmp_path, ITEMS, 4)
+    found = layout.read_folder("dpg-bench", tmp_path, ITEMS, (4, 4))
     assert [file.indices for file in found.files] == [(0,), (1,), (2,), (3,)] and len(found.missing) == 2
 
 
@@ -92,7 +91,7 @@ def test_hpsv3_finds_prompts_by_their_text(tmp_path: Path) -> None:
         (tmp_path / "Food" / f"0{suffix}").rename(tmp_path / "Food" / f"any{suffix}")
     (tmp_path / "Food" / "1.txt").write_text("prompt 1\n\nimages/1.jpg")  # as the official generator writes it
     (tmp_path / "Food" / "2.txt").write_text("another prompt")
-    found = layout.read_folder("hpsv3", tmp_path, CARDS, 0)
+    found = layout.read_folder("hpsv3", tmp_path, CARDS, None)
     assert sorted(file.prompt.id for file in found.files) == ["0", "1"]
     assert len(found.faults) == 1 and "neither its name nor 2.txt is a prompt of Food" in found.faults[0]
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.evaluate.dpg_bench import grid
+from flux2pixel.evaluate.dpg_bench import DpgBench, prompts, summarise
+from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.miniature import questions, world
 
 
@@ -20,15 +21,15 @@ def renders(suite, folder, count):
             ]
             path = folder / f"{prompt.id}.png"
             Image.fromarray(np.concatenate([np.concatenate(shots[i : i + 2], 1) for i in (0, 2)], 0)).save(path)
-            yield from grid(prompt, path, world.SIZE)
+            yield from ImageFile(path, prompt, (0, 1, 2, 3)).samples((world.SIZE, world.SIZE))
 
 
 def test_true_renders_answer_their_own_questions(tmp_path):
-    suite = questions.dpg_bench()
+    suite = DpgBench(prompts(questions.rows()), questions.Analytic(), "")
     assert len(suite.prompts) == len(world.EVAL_METADATA)
     records = list(suite.score(renders(suite, tmp_path, 2)))
     assert np.mean([record.score for record in records]) > 0.95
-    summary = suite.summary(records)
+    summary = summarise(suite.prompts, records)
     assert set(summary["repaired"]["l1"]) == {"entity", "attribute", "relation", "other"}
     assert "overall" not in summary and len(summary["missing"]) == 4 * len(world.EVAL_METADATA) - len(records)
     assert suite.provenance()["judge"] == "miniature" and not suite.provenance()["questions_official"]

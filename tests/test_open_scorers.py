@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flux2pixel.evaluate import hpsv3, open_scorers
+from flux2pixel.evaluate import dpg_bench, hpsv3, open_scorers
 from flux2pixel.evaluate.dpg_bench import judges
 from flux2pixel.evaluate.hpsv3 import inputs
 from flux2pixel.evaluate.suite import Sample
@@ -60,7 +60,7 @@ def test_hpsv3_scores_from_the_folder(assets, tmp_path):
         samples.append(Sample(prompt, 0, tmp_path / f"{number}.png"))
     first, second = suite.score(samples)
     assert first.score != second.score and first.details["sigma"] > 0
-    summary = suite.summary([first, second])
+    summary = hpsv3.summarise(suite.prompts, [first, second])
     assert (
         set(summary["groups"]) == {"Characters", "Arts"} and "overall" not in summary and len(summary["missing"]) == 10
     )
@@ -96,7 +96,7 @@ def test_dpg_bench_scores_from_the_folder(assets, tmp_path):
     suite = open_scorers.dpg_bench(assets, "cpu", prompts, blob)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "x.png")
     samples = [Sample(prompt, index, tmp_path / "x.png") for prompt in prompts for index in range(4)]
-    summary = suite.summary(suite.score(samples))
+    summary = dpg_bench.summarise(prompts, suite.score(samples))
     assert summary["official"]["items"] == 2 and summary["repaired"]["items"] == 3 and "overall" in summary
     assert suite.provenance()["judge"] == "official" and not suite.provenance()["questions_official"]
 

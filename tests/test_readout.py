@@ -22,7 +22,13 @@ from flux2pixel.runtime.errors import UsageError
 from flux2pixel.subspace.solvers import polar
 from flux2pixel.weights.subspace import write_subspace
 
-SMALL = ["readout.source=scenes", "readout.images=96", "readout.window=1", "readout.precision=fp64"]
+SMALL = [
+    "base=klein-tiny",
+    "readout.source=scenes",
+    "readout.images=96",
+    "readout.window=1",
+    "readout.precision=fp64",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     basis = polar(torch.randn(192, 16, dtype=torch.float64))
     write_subspace(folder / "subspace.safetensors", basis, torch.tensor(1.7), {"method": "random"})
-    convert(load(None, ["convert.verify_steps=1", "convert.dtype=fp32"]), folder)
+    convert(load(None, ["base=klein-tiny", "convert.verify_steps=1", "convert.dtype=fp32"]), folder)
     return folder
 
 

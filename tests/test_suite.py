@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.evaluate import figures
+from flux2pixel.evaluate import statistics
+from flux2pixel.evaluate.geneval import GenEval, prompts, summarise
 from flux2pixel.evaluate.suite import Prompt, Record, Sample, read_ahead, read_rgb
 from flux2pixel.miniature import judge, world
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -65,22 +66,22 @@ def test_reading_ahead_keeps_order_and_asks_only_one_batch_ahead():
 
 def test_figures_name_what_is_missing_and_refuse_strangers_and_duplicates():
     records = [Record("a", 0, "x", 1.0), Record("a", 1, "x", 0.0), Record("c", 0, "y", 1.0)]
-    grouped = figures.by_prompt(PROMPTS, reversed(records))
-    assert figures.missing(PROMPTS, grouped) == [("b", 0), ("b", 1)]
-    assert figures.groups(PROMPTS, grouped)["x"]["score"] == 0.5
-    assert figures.mean_of_groups(PROMPTS, grouped)["score"] == 0.75
+    grouped = statistics.by_prompt(PROMPTS, reversed(records))
+    assert statistics.missing(PROMPTS, grouped) == [("b", 0), ("b", 1)]
+    assert statistics.groups(PROMPTS, grouped)["x"]["score"] == 0.5
+    assert statistics.mean_of_groups(PROMPTS, grouped)["score"] == 0.75
     for bad, message in (
         (records[0], "twice"),
         (Record("z", 0, "x", 1.0), "no such"),
         (Record("a", 2, "x", 1.0), "many"),
     ):
         with pytest.raises(UsageError, match=message):
-            figures.by_prompt(PROMPTS, [*records, bad])
+            statistics.by_prompt(PROMPTS, [*records, bad])
 
 
 def test_the_miniature_suite_scores_true_renders_and_withholds_a_partial_overall(tmp_path):
     rows = [next(m for m in world.EVAL_METADATA if m["tag"] == tag) for tag in world.TAGS]
-    suite = judge.geneval(2, rows)
+    suite = GenEval(prompts(rows, 2), judge.Analytic())
     samples = []
     for number, prompt in enumerate(suite.prompts):
         for index in range(2):
@@ -91,14 +92,14 @@ def test_the_miniature_suite_scores_true_renders_and_withholds_a_partial_overall
     records = list(suite.score(samples))
     again = [Record(**json.loads(json.dumps(r.as_dict()))) for r in records]
     assert again == records
-    summary = suite.summary(again)
+    summary = summarise(suite.prompts, again)
     assert summary["images"] == 12 and not summary["missing"]
     assert (
         summary["overall"]["score"] == pytest.approx(np.mean([r.score for r in records]))
         and summary["correct_images"] > 0.7
     )
-    assert "overall" not in suite.summary(records[:-1])
-    assert suite.summary([])["groups"] == {}
+    assert "overall" not in summarise(suite.prompts, records[:-1])
+    assert summarise(suite.prompts, [])["groups"] == {}
     flipped = [replace(r, score=1.0) for r in records]
-    assert suite.summary(flipped)["overall"] == {"score": 1.0, "low": 1.0, "high": 1.0}
+    assert summarise(suite.prompts, flipped)["overall"] == {"score": 1.0, "low": 1.0, "high": 1.0}
     assert not suite.provenance()["prompts_official"]

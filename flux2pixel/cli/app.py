@@ -1,7 +1,7 @@
 """The command line: every command of :mod:`flux2pixel.cli` under its name.
 
-A command resolves the recipe, checks what can be checked before any work, writes the resolved recipe into the run
-directory and calls its stage. torch and everything heavy are imported by the stages, never here.
+A command resolves the recipe, checks what can be checked before any work and calls its verb. torch and everything heavy
+are imported by the verbs, never here.
 """
 
 from typing import Annotated
@@ -9,39 +9,52 @@ from typing import Annotated
 import typer
 
 from flux2pixel import __version__
-from flux2pixel.cli.about import bases_command, doctor_command, inspect_command
+from flux2pixel.cli.bases import bases_command
 from flux2pixel.cli.cache import cache_command
 from flux2pixel.cli.convert import convert_command
+from flux2pixel.cli.doctor import doctor_command
 from flux2pixel.cli.evaluate import eval_command
 from flux2pixel.cli.export import export_command
 from flux2pixel.cli.finetune import finetune_command
 from flux2pixel.cli.fit_readout import fit_readout_command
 from flux2pixel.cli.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.cli.generate import generate_command
+from flux2pixel.cli.inspect import inspect_command
 from flux2pixel.cli.run import run_all
+from flux2pixel.cli.shared import command
+from flux2pixel.cli.verify import verify_command
 from flux2pixel.runtime.launch import exit_process, launched
+
+STAGES, PICTURES, FILES, ABOUT = "Stages", "Pictures", "Files", "About"
+
+COMMANDS = (
+    (STAGES, "run", run_all, "run --base flux2-klein-4b --images photos/"),
+    (STAGES, "fit-subspace", fit_subspace_command, "fit-subspace --base flux2-klein-4b --images photos/"),
+    (STAGES, "convert", convert_command, "convert --base flux2-klein-4b"),
+    (STAGES, "fit-readout", fit_readout_command, "fit-readout --base flux2-klein-4b --images photos/"),
+    (STAGES, "verify", verify_command, "verify runs/flux2-klein-4b/converted"),
+    (STAGES, "cache", cache_command, "cache --base flux2-klein-4b --images photos/ --gpus 8"),
+    (STAGES, "finetune", finetune_command, "finetune --base flux2-klein-4b --images photos/ --gpus 8"),
+    (STAGES, "eval", eval_command, "eval --base flux2-klein-4b --suite geneval"),
+    (PICTURES, "generate", generate_command, 'generate "a cat in the rain" --run runs/flux2-klein-4b --num-images 4'),
+    (FILES, "export", export_command, "export runs/flux2-klein-4b/finetuned --format lora --out cat.safetensors"),
+    (FILES, "compare", compare_command, "compare a/subspace.safetensors b/subspace.safetensors"),
+    (FILES, "export-subspace", export_subspace_command, "export-subspace subspace.safetensors subspace.pth"),
+    (FILES, "inspect", inspect_command, "inspect runs/flux2-klein-4b/converted"),
+    (ABOUT, "doctor", doctor_command, "doctor --recipe recipes/klein-9b-24gb.toml"),
+    (ABOUT, "bases", bases_command, "bases"),
+)
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a latent diffusion model into one that draws pixels: fit-subspace, convert, finetune, eval.",
 )
-app.command("run")(run_all)
-app.command("fit-subspace")(fit_subspace_command)
-app.command("convert")(convert_command)
-app.command("fit-readout")(fit_readout_command)
-app.command("cache")(cache_command)
-app.command("finetune")(finetune_command)
-app.command("eval")(eval_command)
-app.command("generate")(generate_command)
-app.command("compare")(compare_command)
-app.command("export-subspace")(export_subspace_command)
-app.command("export")(export_command)
-app.command("inspect")(inspect_command)
-app.command("doctor")(doctor_command)
-app.command("bases")(bases_command)
+for _panel, _name, _function, _example in COMMANDS:
+    app.command(_name, rich_help_panel=_panel, epilog=f"Example: flux2pixel {_example}")(command(_function))
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,31 +5,30 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel.cli.job import one_line_errors, resolve
-from flux2pixel.cli.options import Base, Debug, DryRun, RecipePath, RunPath, Set
+from flux2pixel.cli.options import Flags, Gpus
+from flux2pixel.cli.stage import resolve, with_training_images
 from flux2pixel.runtime.launch import check_gpus
 
 
 def cache_command(
-    recipe: RecipePath = None,
-    run: RunPath = None,
-    assignments: Set = None,
-    base: Base = None,
-    source: Annotated[
-        str | None, typer.Option(help="Training images: a folder, .jsonl, .tar, hf:NAME, scenes.")
+    flags: Flags,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="SOURCE", help="Training images: a folder, .jsonl, .tar or hf:NAME."),
     ] = None,
-    images: Annotated[int | None, typer.Option(help="How many of them; 0 = all.")] = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="Processes, each on a GPU of its own, or on the CPU.")] = 1,
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    count: Annotated[int | None, typer.Option("--count", help="How many of them; 0 = all.")] = None,
+    source: Annotated[str | None, typer.Option("--source", hidden=True, help="Older name of --images.")] = None,
+    gpus: Gpus = 1,
 ) -> None:
     """Encode the training images and captions once: pixels, latents and text embeddings. Goes on after a kill."""
-    with one_line_errors(debug):
-        check_gpus(gpus)
-        job = resolve(recipe, run, assignments, base=base, data__source=source, finetune__images=images)
-        folder = job.run / job.recipe.data.cache
-        takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]
-        if job.start(takes, [folder], dry_run):
-            from flux2pixel.data.encode import make, open_encoders
+    check_gpus(gpus)
+    if images is not None and images.isdigit():  # what --images meant before it meant the same everywhere
+        count, images = int(images) if count is None else count, None
+    job = with_training_images(resolve(flags, data__source=images or source, finetune__images=count))
+    folder = job.run / job.recipe.data.cache
+    takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]
+    if not job.planned(takes, [folder]):
+        from flux2pixel.data.encode import make, open_encoders
 
+        with job.stage("cache", [folder], timed=False, then=job.command("finetune")):
             make(job.recipe, job.run, open_encoders(job.recipe), gpus)

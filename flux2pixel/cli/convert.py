@@ -1,25 +1,12 @@
 """``convert``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flux2pixel.cli.job import check, one_line_errors, resolve, timed
-from flux2pixel.cli.options import (
-    CONVERTED,
-    SUBSPACE,
-    Base,
-    Debug,
-    DryRun,
-    Out,
-    RecipePath,
-    RunPath,
-    Seed,
-    Set,
-    Subspace,
-)
-from flux2pixel.convert.extras import Extras, parse_lora
+from flux2pixel.cli.options import CONVERTED, SUBSPACE, Flags, Out, Overwrite, Subspace
+from flux2pixel.cli.stage import Job, check_subspace, resolve
 from flux2pixel.runtime.errors import UsageError
 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the written transformer: keep, bf16, fp16 or fp32.")]
@@ -37,14 +24,23 @@ Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="Pixel-space adapter with its own basis, such as AsymFLUX.2-klein's.")
 ]
 Link = Annotated[bool, typer.Option("--link", help="Share unchanged weight files with the base by hard links.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already at --out.")]
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE:STRENGTH``. Raises UsageError if the file is absent or the strength no number."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        path, strength = text, "1"
+    if not Path(path).is_file():
+        raise UsageError(f"--lora {text}: no such file; write it as FILE or FILE:STRENGTH")
+    try:
+        return Path(path), float(strength)
+    except ValueError as error:
+        raise UsageError(f"--lora {text}: {strength!r} is not a number; write it as FILE or FILE:STRENGTH") from error
 
 
 def convert_command(
-    recipe: RecipePath = None,
-    run: RunPath = None,
-    assignments: Set = None,
-    base: Base = None,
+    flags: Flags,
     subspace: Subspace = None,
     out: Out = None,
     weights: Weights = None,
@@ -54,35 +50,51 @@ def convert_command(
     shard_size: ShardSize = None,
     link: Link = False,
     overwrite: Overwrite = False,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Rewrite the base to take and return pixels, and verify that it computes the same."""
-    with one_line_errors(debug):
-        check(subspace=subspace)
-        if adapter and subspace:
-            raise UsageError(f"--adapter {adapter} --subspace {subspace}: an adapter brings its own basis; give one")
-        for flag, path in (("--weights", weights), ("--adapter", adapter)):
-            if path and not path.is_file():
-                raise UsageError(f"{flag} {path}: no such file")
-        if out and out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise UsageError(f"--out {out}: not empty; --overwrite replaces a model that flux2pixel wrote there")
-        job = resolve(
-            recipe, run, assignments, base=base, seed=seed, convert__dtype=dtype, convert__shard_size=shard_size
-        )
-        extras = Extras(link, weights, tuple(map(parse_lora, lora or ())), adapter)
-        fitted = adapter or subspace or job.run / SUBSPACE
-        takes: list[Path | str] = [
-            f"base {job.recipe.base}",
-            fitted if fitted.is_file() else "a subspace fitted to the VAE alone (vae-jacobian, data-free)",
-        ]
-        destination = out or job.run / CONVERTED
-        if job.start(takes, [destination], dry_run):
-            from flux2pixel.convert.run import convert
+    check_subspace(subspace)
+    if adapter and subspace:
+        raise UsageError(f"--adapter {adapter} --subspace {subspace}: an adapter brings its own basis; give one")
+    for flag, path in (("--weights", weights), ("--adapter", adapter)):
+        if path and not path.is_file():
+            raise UsageError(f"{flag} {path}: no such file")
+    job = resolve(flags, convert__dtype=dtype, convert__shard_size=shard_size)
+    destination = out or job.run / CONVERTED
+    loras = tuple(map(parse_lora, lora or ()))
+    fitted = adapter or subspace or job.run / SUBSPACE
+    takes: list[Path | str] = [
+        f"base {job.recipe.base}",
+        fitted if fitted.is_file() else "a subspace fitted to the VAE alone (vae-jacobian, data-free)",
+    ]
+    if job.planned(takes, [destination]):
+        from flux2pixel.convert.prepare import Extras, prepare
 
-            timed(job.run, "convert", lambda: convert(job.recipe, job.run, subspace, out, extras, overwrite))
-        else:
-            from flux2pixel.convert.prepare import prepare
+        extras = Extras(link, weights, loras, adapter)
+        typer.echo("\n".join(prepare(job.recipe, None, extras, fetch=False).plan.lines(destination)))
+        return
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise UsageError(f"{destination}: not empty; --overwrite replaces a model that flux2pixel wrote there")
+    rewrite(job, subspace, out, overwrite, link=link, weights=weights, loras=loras, adapter=adapter)
 
-            typer.echo("\n".join(prepare(job.recipe, None, extras).plan.lines(destination)))
+
+def rewrite(
+    job: Job, subspace: Path | None = None, out: Path | None = None, overwrite: bool = False, **extras: Any
+) -> None:
+    """Convert, and name the training as what comes next; without a subspace one is fitted to the VAE alone."""
+    from flux2pixel.convert.prepare import Extras
+    from flux2pixel.convert.run import convert
+    from flux2pixel.runtime.device import choose
+
+    words = [
+        "finetune",
+        *(["--model", str(out)] if out else []),
+        *([] if job.recipe.data.source else ["--images", "DIR"]),
+    ]
+    with job.stage("convert", [out or job.run / CONVERTED], then=job.command(*words)):
+        fitted = extras.get("adapter") or subspace or job.run / SUBSPACE
+        if not fitted.is_file():
+            from flux2pixel.subspace.without_images import fit_without_images
+
+            fit_without_images(job.recipe, fitted)
+        device = choose(job.recipe.device, float64=True)
+        convert(job.recipe, job.run, subspace, out, Extras(**extras), device, overwrite)

@@ -6,32 +6,15 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel.cli.job import one_line_errors, resolve
-from flux2pixel.cli.options import (
-    CONVERTED,
-    FINETUNED,
-    REPORT,
-    Base,
-    Debug,
-    DryRun,
-    Out,
-    RecipePath,
-    RunPath,
-    SampleSteps,
-    Seed,
-    Set,
-    Suite,
-)
+from flux2pixel.cli.options import CONVERTED, FINETUNED, REPORT, Flags, Gpus, Out, SampleSteps, Suite
+from flux2pixel.cli.stage import MODELS, Job, check_model, check_run, resolve
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import launch
 from flux2pixel.runtime.errors import UsageError
 
 
 def eval_command(
-    recipe: RecipePath = None,
-    run: RunPath = None,
-    assignments: Set = None,
-    base: Base = None,
+    flags: Flags,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,46 +34,41 @@ def eval_command(
     ] = None,
     out: Out = None,
     steps: SampleSteps = None,
-    seed: Seed = None,
-    gpus: Annotated[
-        int, typer.Option("--gpus", help="Processes on this machine, one a device; they share the work.")
-    ] = 1,
+    gpus: Gpus = 1,
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Get the suites' scorer weights and data ahead, then stop.")
     ] = False,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Score the models side by side and write the report."""
-    rank = launch.rank()
-    with one_line_errors(debug, silent=rank > 0):
-        launch.check_gpus(gpus)
-        job = resolve(
-            recipe,
-            run,
-            assignments,
-            base=base,
-            eval__suite=suite,
-            eval__reference=reference,
-            sample__steps=steps,
-            seed=seed,
-        )
-        if fetch:
-            _fetch(job.recipe)
-            return
-        _check(model or (), images or ())
-        takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
-        takes = takes or [f"base {job.recipe.base}", job.run / CONVERTED, job.run / FINETUNED]
-        if not job.start(takes, [out or job.run / REPORT], dry_run):
-            return
-        if gpus > 1 and not launch.launched():
-            from flux2pixel.evaluate.run import check
+    launch.check_gpus(gpus)
+    job = resolve(flags, eval__suite=suite, eval__reference=reference, sample__steps=steps)
+    if fetch:
+        _fetch(job.recipe)
+        return
+    _check(model or (), images or ())
+    if not model and not images:
+        check_run(job)
+    takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
+    takes = takes or [f"base {job.recipe.base}", *(job.run / name for name in reversed(MODELS))]
+    if not job.planned(takes, [out or job.run / REPORT]):
+        score(job, model or (), images or (), out, gpus)
 
-            check(job.recipe, job.run, model or (), images or ())
-            raise typer.Exit(launch.relaunch("eval", gpus))
-        from flux2pixel.evaluate.run import evaluate
 
-        evaluate(job.recipe, job.run, model or (), out, images or ())
+def score(
+    job: Job, models: Sequence[str] = (), images: Sequence[str] = (), out: Path | None = None, gpus: int = 1
+) -> None:
+    """Score, in ``gpus`` processes."""
+    if gpus > 1 and not launch.launched():
+        from flux2pixel.evaluate.run import check
+
+        check(job.recipe, job.run, models, images)
+        raise typer.Exit(launch.relaunch("eval", gpus))
+    from flux2pixel.evaluate.run import evaluate
+
+    page = out or job.run / REPORT
+    # Its seconds are in the report itself.
+    with job.stage("eval", [page, job.run / "eval"], timed=False, then=f"open {page} in a browser"):
+        evaluate(job.recipe, job.run, models, out, images)
 
 
 def _fetch(recipe: Recipe) -> None:
@@ -102,11 +80,10 @@ def _fetch(recipe: Recipe) -> None:
 
 def _check(models: Sequence[str], images: Sequence[str]) -> None:
     """Refuse what is not there before anything heavy is imported."""
-    from flux2pixel.families.known import base_names
-
-    for option, words in (("--model", models), ("--images", images)):
-        for word in words:
-            place = word.rpartition("=")[2].partition("+")[0]
-            if not Path(place).is_dir() and not (option == "--model" and place in base_names()):
-                what = "a model folder, or a base" if option == "--model" else "a folder of images"
-                raise UsageError(f"{option} {word}: no such folder {place}; give {what}")
+    for word in models:
+        named = word.rpartition("=")[2].partition("+")[0]
+        check_model(named, f"--model {word}:" if named != word else "--model")
+    for word in images:
+        folder = word.rpartition("=")[2]
+        if not Path(folder).is_dir():
+            raise UsageError(f"--images {word}: no such folder {folder}; give a folder of images")

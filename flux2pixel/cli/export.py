@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel.cli.job import check, one_line_errors
-from flux2pixel.cli.options import Debug
+from flux2pixel.cli.stage import check_model
 
 
 class Format(StrEnum):
@@ -32,11 +31,10 @@ def export_command(
         Path | None, typer.Option(help="Converted model to compare with. Default: the one it was trained from.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of a LoRA that is extracted.")] = 256,
-    debug: Debug = False,
 ) -> None:
     """Write a pixel model in another program's format."""
-    with one_line_errors(debug):
-        check(models=[model, against])
-        from flux2pixel.convert.export import export
+    for folder in (model, against):
+        check_model(folder, "--against" if folder is against else "--model")
+    from flux2pixel.convert.export import export
 
-        export(model, out, kind.value, against, rank)
+    export(model, out, kind.value, against, rank)

@@ -179,7 +179,8 @@ def _buffers(model: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
-    notes: Mapping[str, str] = next(iter(checkpoint.metadata.values()), {})
+    # Files that a conversion only copied are as the base has them, and say nothing of it.
+    notes: Mapping[str, str] = next((n for n in checkpoint.metadata.values() if "recipe" in n), {})
     return {key: notes[key] for key in ("base", "recipe") if key in notes}
 
 
@@ -187,8 +188,8 @@ def _write(out: Path, outputs: list[Output], notes: Mapping[str, str]) -> None:
     broken: list[str] = []
 
     def save(temporary: Path) -> None:
-        with bar("export", sum(output.size for output in outputs), unit="bytes") as progress:
-            broken.extend(write_file(temporary, tuple(outputs), notes, progress)[1])
+        with bar("export", sum(output.size for output in outputs)) as progress:
+            broken.extend(write_file(temporary, tuple(outputs), notes, progress).broken)
         if broken:
             raise Flux2PixelError(f"{out}: {', '.join(broken[:5])}: not finite in fp16; nothing was written")
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flux2pixel.asymflow import schedule
 from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.solvers import sample
@@ -109,19 +108,29 @@ class Float64Throughout(TorchFunctionMode):
 
 
 @torch.no_grad()
-def exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
+def exactness(
+    latent: Network,
+    pixel: Network,
+    flow: AsymFlow,
+    noise: Tensor,
+    steps: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> float:
     """Sample both models from coupled noise on matched grids; return the largest absolute error of the identities.
 
-    ``latent(z, tau)`` and ``pixel(x, tau)`` are the two networks on tokens; ``noise`` is eps, (B, N, D) float64. After
-    every Euler step A^T x = z / k and (I - P) x = sigma (I - P) eps must hold (AsymFlow's acceptance test).
+    ``latent(z, tau)`` and ``pixel(x, tau)`` are the two networks on tokens; ``noise`` is eps, (B, N, D) float64, on the
+    networks' device. After every Euler step A^T x = z / k and (I - P) x = sigma (I - P) eps must hold (AsymFlow's
+    acceptance test); then ``on_step`` is called.
     """
     with Float64Throughout():
-        return _exactness(latent, pixel, flow, noise, steps)
+        return _exactness(latent, pixel, flow.to(noise.device), noise, steps, on_step)
 
 
-def _exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int) -> float:
+def _exactness(
+    latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, steps: int, on_step: Callable[[], object]
+) -> float:
     basis, scale = flow.basis.to(noise.dtype), flow.scale.to(noise.dtype)
-    taus = schedule.grid(steps, dtype=noise.dtype)
+    taus = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
     sigmas = flow.sigma_of(taus)
     off_plane = noise - (noise @ basis) @ basis.mT
     z, worst = noise @ basis, 0.0
@@ -133,6 +142,7 @@ def _exactness(latent: Network, pixel: Network, flow: AsymFlow, noise: Tensor, s
         inside = (x @ basis - z / k_next).abs().max()
         outside = (x - (x @ basis) @ basis.mT - sigmas[i + 1] * off_plane).abs().max()
         worst = max(worst, inside.item(), outside.item())
+        on_step()
         return x
 
     sample(Denoiser(lambda inputs, time: (pixel(inputs, time), None), flow), noise, sigmas, on_step=check)

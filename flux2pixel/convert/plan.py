@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flux2pixel.convert.fold import fold_tensor, folded_names
+from flux2pixel.families.configs import init_config
 from flux2pixel.models.base import Base
+from flux2pixel.models.folder import companion_parts
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.checkpoint import DTYPES, SINGLE, Checkpoint, Stored
 from flux2pixel.weights.write import Output
@@ -36,20 +38,34 @@ class Shard:
         return sum(output.size for output in self.outputs)
 
 
+class Companion(NamedTuple):
+    """A file of the base that the pixel model keeps: its place in the folder, where it is, and its bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+    @property
+    def linkable(self) -> bool:
+        """Whether it is a weight, whose bytes nobody edits in place."""
+        return self.name.endswith(WEIGHTS)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion will read and write. ``companions`` are the base's other files, by their new place."""
+    """Everything a conversion will read and write; ``fetched`` are the bytes that it would download first."""
 
     shards: tuple[Shard, ...]
-    companions: tuple[tuple[str, Path], ...]
+    companions: tuple[Companion, ...]
     bytes_in: int
     link: bool
+    fetched: int = 0
 
     @property
     def bytes_out(self) -> int:
         """Bytes that need room on the disk: without what is linked, where that works."""
         shards = sum(shard.size for shard in self.shards if not (self.link and shard.twin))
-        return shards + sum(path.stat().st_size for name, path in self.companions if not (self.link and linkable(name)))
+        return shards + sum(kept.size for kept in self.companions if not (self.link and kept.linkable))
 
     @property
     def working_memory(self) -> int:
@@ -85,12 +101,14 @@ class Plan:
         for shard in self.shards:
             act = "linked" if self.link and shard.twin else "rewritten"
             lines.append(f"  transformer/{shard.name}  {_gigabytes(shard.size)}  {len(shard.outputs)} tensors  {act}")
-        parts = dict.fromkeys(name.partition("/")[0] for name, _ in self.companions)
-        for part in parts:
-            files = [(name, path.stat().st_size) for name, path in self.companions if name.startswith(f"{part}/")]
-            act = "linked" if self.link and any(linkable(name) for name, _ in files) else "copied"
-            lines.append(f"  {part}/  {_gigabytes(sum(size for _, size in files))}  {act}")
+        for part in dict.fromkeys(kept.name.partition("/")[0] for kept in self.companions):
+            files = [kept for kept in self.companions if kept.name.startswith(f"{part}/")]
+            act = "linked" if self.link and any(kept.linkable for kept in files) else "copied"
+            lines.append(f"  {part}/  {_gigabytes(sum(kept.size for kept in files))}  {act}")
         free = free_bytes(folder)
+        if self.fetched:
+            room = _gigabytes(_cache_room())
+            lines.append(f"fetches {_gigabytes(self.fetched)} from the Hub ({room} free in its cache)")
         lines.append(f"reads   {_gigabytes(self.bytes_in)}")
         lines.append(f"writes  {_gigabytes(self.bytes_out)} to {folder} ({_gigabytes(free)} free)")
         lines.append(f"memory  {self.working_memory / 1e6:.0f} MB beside the libraries")
@@ -100,11 +118,12 @@ class Plan:
 def make_plan(
     outputs: list[Output],
     checkpoint: Checkpoint,
-    companions: list[tuple[str, Path]],
+    companions: list[Companion],
     *,
     dtype: str = "keep",
     shard_bytes: int = 0,
     link: bool = False,
+    remote: bool = False,
 ) -> Plan:
     """Distribute ``outputs`` over files: those of the checkpoint, or new ones of at most ``shard_bytes``.
 
@@ -133,8 +152,8 @@ def make_plan(
         source = next(iter(files))
         same = len(files) == 1 and source and not any(output.action for output in group) and held[source] == len(group)
         shards.append(Shard(name, tuple(group), source if same else None))
-    size_in = checkpoint.size + sum(path.stat().st_size for _, path in companions)
-    return Plan(tuple(shards), tuple(companions), size_in, link)
+    size_in = checkpoint.size + sum(kept.size for kept in companions)
+    return Plan(tuple(shards), tuple(companions), size_in, link, size_in if remote else 0)
 
 
 def as_they_are(checkpoint: Checkpoint) -> list[Output]:
@@ -144,7 +163,7 @@ def as_they_are(checkpoint: Checkpoint) -> list[Output]:
 
 def fold_outputs(base: Base, latent: list[Output], basis: Tensor | None) -> list[Output]:
     """What becomes of each tensor of the latent model; ``basis`` may be absent while only a plan is wanted."""
-    wide = class_shapes(base.network_class(), base.pixel_config(base.config))
+    wide = class_shapes(base.network_class(), pixel_config(base, latent_config(base)))
     names, outputs = folded_names(base.projections), []
     for tensor in latent:
         new = base.pixel_name(tensor.name)
@@ -158,10 +177,20 @@ def fold_outputs(base: Base, latent: list[Output], basis: Tensor | None) -> list
     return outputs
 
 
+def latent_config(base: Base) -> dict[str, Any]:
+    """The constructor's arguments of the base's transformer, as its class reads the folder's ``config.json``."""
+    return init_config(base.network_class(), base.config, f"{base.folder}/transformer/config.json")
+
+
+def pixel_config(base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments of the pixel model, given those of the latent one."""
+    return init_config(base.network_class(), base.pixel_config(dict(config)), f"{base.folder}, in pixels")
+
+
 def class_shapes(network: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a stock class's tensors under ``config``; built on the meta device, nothing is allocated."""
     with torch.device("meta"):
-        model = network(**config)
+        model = network(**init_config(network, config, network.__name__))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -173,14 +202,21 @@ def index_of(plan: Plan) -> dict[str, Any] | None:
     return {"metadata": {"total_size": sum(shard.size for shard in plan.shards)}, "weight_map": places}
 
 
-def find_companions(folder: Path, parts: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """The files of the base's other parts, as (relative name, file). Raises UsageError if a part is absent."""
+def find_companions(base: Base, remote: Mapping[str, int] | None = None) -> list[Companion]:
+    """The files of the base's other parts; ``remote`` are those of its repository with their sizes.
+
+    Raises UsageError if a part is absent.
+    """
     found = []
-    for part in parts:
-        files = sorted(path for path in (folder / part).rglob("*") if path.is_file())
-        if not files:
-            raise UsageError(f"{folder}/{part}: missing; the base is not a complete diffusers model, get it again")
-        found += [(str(path.relative_to(folder)), path) for path in files]
+    for part in companion_parts(base.folder):
+        if remote is not None:
+            kept = [Companion(name, Path(name), size) for name, size in remote.items() if name.startswith(f"{part}/")]
+        else:
+            paths = sorted(path for path in (base.folder / part).rglob("*") if path.is_file())
+            kept = [Companion(str(path.relative_to(base.folder)), path, path.stat().st_size) for path in paths]
+        if not kept:
+            raise UsageError(f"{base.folder}/{part}: missing; the base is not a complete diffusers model, get it again")
+        found += kept
     return found
 
 
@@ -207,9 +243,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
-def linkable(name: str) -> bool:
-    """Whether a companion file is a weight, whose bytes nobody edits in place."""
-    return name.endswith(WEIGHTS)
+def _cache_room() -> int:
+    from huggingface_hub import constants
+
+    return free_bytes(Path(constants.HF_HUB_CACHE))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,139 +1,154 @@
-"""Proof after writing: the written model is reopened, compared with what was meant, and sampled against its base.
+"""Proving a folder again: converted, finetuned or made from an adapter, whenever and by whatever version.
 
-The acceptance test (coupled Euler sampling, both identities at every step) runs in float64 twice: with the fold redone
-in float64, which must agree to rounding, and with the weights as they are stored, whose error is what their dtype
-costs. It runs on the whole model where that fits in memory, else on the same weights with one block of each kind.
+What a conversion did is taken from the folder's own record and done again as a plan, of which nothing is written; what
+lies on the disk is compared with it. A finetuned model's trunk, all that training left alone, must be the base's bit
+for bit; the base's own projections, folded through the folder's basis, prove basis, scale and recovery.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.convert.fold import exactness, fold
-from flux2pixel.convert.plan import Plan, class_shapes
-from flux2pixel.families.configs import stock_config
+from flux2pixel.convert.compare import check_tensors, open_written
+from flux2pixel.convert.prepare import Extras, Job, prepare
+from flux2pixel.convert.proof import Proof, flow_digest, prove
+from flux2pixel.convert.run import read_flow
+from flux2pixel.families.configs import read_config
 from flux2pixel.models.base import Base
-from flux2pixel.weights.checkpoint import Checkpoint, Stored, check_names, open_checkpoint, refuse
-from flux2pixel.weights.write import Output
-
-STORED_STEPS = 8  # enough to see what rounding costs
-GRID = (2, 3)  # tokens; an odd aspect ratio
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Largest absolute errors of the acceptance test. ``depth`` is "whole", "one block of each kind" or "none"."""
-
-    max_abs_error: float
-    stored_error: float
-    steps: int
-    depth: str
-    dtype: str = "float64"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from flux2pixel.recipe import Convert
+from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.progress import log
 
 
-def check_written(folder: Path, plan: Plan, expected: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """Reopen a written transformer folder: index equals headers, names and shapes are the class's, changed tensors are
-    bit for bit what the plan computes. Raises Flux2PixelError that lists what is not.
-    """
-    written = open_checkpoint(folder)
-    check_names(folder, written, expected)
-    problems = []
-    for shard in plan.shards:
-        for output in shard.outputs:
-            stored = written.tensors[output.name]
-            if (stored.dtype, stored.spans[0].path.name) != (output.dtype, shard.name):
-                problems.append(f"{output.name} is not where or what the plan says")
-            elif output.action and not _same(stored.read(), output.read()):
-                problems.append(f"{output.name} differs from what was computed")
-    refuse(folder, problems)
-    return written
-
-
-def prove(
-    base: Base, latent: Sequence[Output], written: Checkpoint, flow: AsymFlow, steps: int, seed: int
-) -> Proof | None:
-    """Run the acceptance test on the written weights; None if not even one block of each kind fits in memory."""
-    network, budget = base.network_class(), available_memory() // 2
-    outputs = {tensor.name: tensor for tensor in latent}
-    for depth, config in (("whole", base.config), ("one block of each kind", base.shallow(base.config))):
-        shapes = class_shapes(network, stock_config(config))
-        if 8 * sum(map(math.prod, shapes.values())) <= budget:
-            deep = str if depth == "whole" else partial(base.deep_name, config=base.config)
-            kept = {name: outputs[deep(name)] for name in shapes}
-            wide = {n: written.tensors[deep(n)] for n in class_shapes(network, base.pixel_config(config))}
-            return _prove(base, config, kept, wide, flow, steps, seed, depth)
-    return None
-
-
-def available_memory() -> int:
-    """Bytes of memory that a program may take now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _prove(
-    base: Base,
-    config: dict[str, Any],
-    latent: dict[str, Output],
-    written: Mapping[str, Stored],
-    flow: AsymFlow,
-    steps: int,
-    seed: int,
-    depth: str,
+def verify(
+    folder: Path,
+    base: str | None = None,
+    made_with: Sequence[Path] = (),
+    settings: Convert | None = None,
+    device: torch.device | None = None,
 ) -> Proof:
-    wide_config = base.pixel_config(config)
-    pixel = {name: tensor.read().double() for name, tensor in written.items()}
-    shared = {name for name, output in latent.items() if written[base.pixel_name(name)].shape == output.shape}
-    narrow = {n: pixel[base.pixel_name(n)] if n in shared else t.read().double() for n, t in latent.items()}
-    exact = flow.to(torch.float64)
-    u, _, vh = torch.linalg.svd(exact.basis, full_matrices=False)
-    exact.basis = u @ vh  # float32 storage leaves 1e-8 of non-orthonormality; the identity is about orthonormal A
-    refolded = fold(narrow, exact.basis, base.projections, base.pixel_name)
-    generator = torch.Generator().manual_seed(seed)
-    cond = base.random_conditioning(config, 2, generator)
-    noise = torch.randn(2, GRID[0] * GRID[1], len(flow.basis), generator=generator, dtype=torch.float64)
-    network = _model(base, stock_config(config), narrow)
+    """Prove the pixel model in ``folder``; returns what was found.
 
-    def error(state: Mapping[str, Tensor], count: int) -> float:
-        wide = _model(base, wide_config, state)
-        return exactness(
-            lambda z, t: base.call(network, z, t, cond, GRID),
-            lambda x, t: base.call(wide, x, t, cond, GRID),
-            exact,
-            noise,
-            count,
+    Args:
+        base: the latent base, where it is not what and where the folder's record says.
+        made_with: LoRA, adapter or weight files of the conversion that are no longer where they were; they are known
+            by their SHA-256.
+        settings: ``verify_steps``, ``tolerance`` and ``proof``.
+        device: a GPU to sample on; the CPU if not given.
+
+    Raises UsageError if it is no such folder or something it was made from is gone; Flux2PixelError, of one line, if
+    anything in it is not what its record says.
+    """
+    settings = settings or Convert()
+    record = _record(folder)
+    recipe = recipes.load(None, _recipe_of(record, base))
+    extras = _extras(record, made_with)
+    flow = read_flow(folder)
+    job = prepare(recipe, None if extras.adapter else flow, extras)
+    _check_flow(folder, job, flow, record)
+    written = open_written(folder / "transformer", job)
+    trained = trained_names(folder, job)
+    if trained is not None and not any(output.name not in trained for output in job.outputs):
+        log("verify: every tensor was trained, so none is compared; names, shapes and the recovery are")
+    counts, worst = check_tensors(job, written, trained=trained or ())
+    proof = prove(job, written, flow, settings, recipe.seed, device, trained or ())
+    proof = replace(proof, tensors=counts, fold_error=worst)
+    for line in proof.lines():
+        log(line)
+    log(f"verify: {folder} is what its record says")
+    return proof
+
+
+def trained_names(folder: Path, job: Job) -> set[str] | None:
+    """Names of the tensors that a finetune may have changed: all, or projections, modulation and LoRA's; else None."""
+    described = folder / "finetune.json"
+    if not described.is_file():
+        return None
+    settings = read_config(described).get("recipe", {}).get("finetune", {})
+    names = [output.name for output in job.outputs]
+    if settings.get("trainable", "full") == "full":
+        return set(names)
+    base = job.base
+    tied = (*base.projections.inputs, base.projections.output, base.projections.modulation)
+    full = {base.pixel_name(module) for module in tied}
+    patterns = [p for t in settings.get("lora_targets", ["base"]) for p in _patterns(t, base)]
+    return {
+        name
+        for name in names
+        if (module := name.rpartition(".")[0]) in full or any(re.fullmatch(pattern, module) for pattern in patterns)
+    }
+
+
+def _patterns(target: str, base: Base) -> tuple[str, ...]:
+    return base.lora_targets if target == "base" else (target,)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    if not (folder / "asymflow.json").is_file() or not (folder / "conversion.json").is_file():
+        raise UsageError(f"{folder}: no asymflow.json and conversion.json in it; name a converted or finetuned folder")
+    try:
+        record: dict[str, Any] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Flux2PixelError(f"{folder}/conversion.json: not valid JSON ({error}); convert again") from error
+    return record
+
+
+def _recipe_of(record: dict[str, Any], base: str | None) -> list[str]:
+    """What of the conversion's recipe decides what its tensors are, as assignments."""
+    made = record.get("recipe", {})
+    changed = [recipes.setting("base", base or str(record["base"]))]
+    changed.append(recipes.setting("convert.dtype", made.get("convert", {}).get("dtype", "keep")))
+    return [*changed, f"seed={made.get('seed', 0)}"]
+
+
+def _extras(record: dict[str, Any], made_with: Collection[Path]) -> Extras:
+    """The files that took part in the conversion, found where they were or among ``made_with``."""
+    given = {files.digest(path): path for path in made_with}
+
+    def found(what: str, path: str | None, digest: str) -> Path:
+        if digest in given:
+            return given[digest]
+        if path and Path(path).is_file() and files.digest(Path(path)) == digest:
+            return Path(path)
+        raise UsageError(
+            f"conversion.json: made with the {what} {path or 'file'} of SHA-256 {digest[:16]}..., which is not there "
+            "any more, or changed; name it: --with FILE"
         )
 
-    return Proof(error(refolded, steps), error(pixel, min(steps, STORED_STEPS)), steps, depth)
+    loras = tuple(
+        (found("LoRA", one.get("path"), one["sha256"]), float(one["strength"])) for one in record.get("loras", ())
+    )
+    single = {
+        key: found(key, record.get(key), record[f"{key}_sha256"]) if f"{key}_sha256" in record else None
+        for key in ("weights", "adapter")
+    }
+    return Extras(weights=single["weights"], loras=loras, adapter=single["adapter"])
 
 
-def _model(base: Base, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
-    """The stock class over these very tensors: nothing is copied, so that two models can share their blocks."""
-    from accelerate import init_empty_weights
+def _check_flow(folder: Path, job: Job, flow: AsymFlow, record: dict[str, Any]) -> None:
+    """The folder's basis and scale are those it was made with.
 
-    with init_empty_weights(include_buffers=False):
-        model = base.network_class()(**config)
-    model.load_state_dict(state, assign=True)
-    return model.double().eval().requires_grad_(False)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    Sampling cannot tell: a scale that fits no image is as exact as any other.
+    """
+    path = folder / "asymflow.safetensors"
+    if record.get("flow_sha256", digest := flow_digest(flow)) != digest:
+        raise Flux2PixelError(f"{path}: not the basis and scale that the conversion wrote; convert again")
+    width = (job.base.token_width, job.base.latent_width)
+    if tuple(flow.basis.shape) != width:
+        raise Flux2PixelError(f"{folder}/asymflow.safetensors: basis {tuple(flow.basis.shape)}, the base needs {width}")
+    if (
+        job.adapter
+        and job.flow
+        and not (torch.allclose(job.flow.basis, flow.basis, atol=1e-6) and torch.equal(job.flow.scale, flow.scale))
+    ):
+        raise Flux2PixelError(f"{folder}/asymflow.safetensors: not the basis and scale of the adapter it was made from")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flux2pixel.data import Buckets, Record, Rules, Tally, open_source, stream
 from flux2pixel.data.cache import INDEX, MANIFEST, Cache, Key, Shards, caption_digest, read_manifest
+from flux2pixel.data.sources import own_source
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
@@ -170,7 +171,7 @@ def _start(folder: Path, key: Key) -> None:
 
 def _request(recipe: Recipe) -> dict[str, Any]:
     request: dict[str, Any] = {"source": recipe.data.source, "images": recipe.finetune.images}
-    if recipe.data.source == "scenes":
+    if own_source(recipe.data.source):
         request["first_scene"] = FIRST_SCENE
     return request
 

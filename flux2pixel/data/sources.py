@@ -2,7 +2,7 @@
 
 Written in a recipe as one string:
 
-``scenes``                     the miniature's procedural scenes, with captions
+``NAME``                       the endless world of a registered base, with captions
 ``photographs``                scikit-learn's two sample photographs, with captions: real pixels without a download
 ``FOLDER``                     every picture below it; a ``.txt`` file of the same name beside it is its caption, a
                                ``.safetensors`` file its latents: ``latents``, (N, r), normalised, tokens row by row
@@ -17,7 +17,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from flux2pixel.data.decode import SUFFIXES, Unreadable
+from flux2pixel.families import registry
 from flux2pixel.runtime.errors import UsageError
 
 IMAGE_KEYS = ("image", "file_name", "path")
@@ -61,15 +62,21 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str, first_scene: int = 0) -> Source:
-    """Open what ``spec`` names (see the module). ``first_scene`` is the seed of the first of the miniature's scenes.
+def own_source(spec: str) -> Callable[[int], Source] | None:
+    """What opens the endless world of a registered base that has one of this name, from a seed on; None for another."""
+    plugins = (registry.plugin(name) for name in registry.names())
+    return next((plugin.sources[spec] for plugin in plugins if plugin and spec in plugin.sources), None)
+
+
+def open_source(spec: str, first_seed: int = 0) -> Source:
+    """Open what ``spec`` names (see the module). ``first_seed`` is that of the first picture of an endless world.
 
     Raises UsageError if there is no such source, or nothing in it.
     """
     from flux2pixel.data import remote
 
-    if spec == "scenes":
-        return Scenes(first_scene)
+    if (own := own_source(spec)) is not None:
+        return own(first_seed)
     if spec == "photographs":
         return Photographs()
     if spec.startswith("hf:"):
@@ -84,32 +91,13 @@ def open_source(spec: str, first_scene: int = 0) -> Source:
     if path.is_file():
         raise UsageError(f"{spec}: is one file; give a folder, a .jsonl manifest, .tar shards, or hf:NAME")
     raise UsageError(
-        f"{spec}: no such image source; give a folder, a .jsonl manifest, .tar shards, hf:NAME, scenes or photographs"
+        f"{spec}: no such image source; give a folder, a .jsonl manifest, .tar shards, hf:NAME or photographs"
     )
 
 
 def part(records: Iterator[Record], rank: int, world: int, limit: int) -> Iterator[Record]:
     """Every ``world``-th record from ``rank``, of the first ``limit``."""
     return itertools.islice(records, rank, limit or None, world)
-
-
-class Scenes:
-    """The miniature's scenes from seed ``start`` on; endless, so it needs a limit."""
-
-    name = "the miniature's scenes"
-    count = None
-
-    def __init__(self, start: int):
-        self.start = start
-
-    def records(self, rank: int = 0, world: int = 1, limit: int = 0) -> Iterator[Record]:
-        from flux2pixel.miniature import world as miniature
-
-        if not limit:
-            raise UsageError("scenes: there is no end to them; say how many")
-        for seed in range(self.start + rank, self.start + limit, world):
-            scene = miniature.sample(seed)
-            yield Record(f"scene {seed}", scene.caption, scene.image)
 
 
 class Photographs:

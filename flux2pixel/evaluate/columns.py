@@ -1,4 +1,4 @@
-"""What can be scored: models of any kind behind one call, and folders of images made elsewhere.
+"""What is compared: models of any kind behind one call, and folders of images made elsewhere.
 
 <folder with asymflow.json>     converted or finetuned pixel model
 <base folder or alias>          latent base of a known family, started from the pixel models' own noise
@@ -11,20 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from flux2pixel.evaluate.digests import Digests
-from flux2pixel.evaluate.drawing import Drawer, Key, Size
-from flux2pixel.evaluate.texts import Texts
+from flux2pixel.evaluate.drawing import Drawer, Key
+from flux2pixel.evaluate.store import Digests, Encode, Texts
+from flux2pixel.evaluate.suite import Size
+from flux2pixel.families.base import Conditioning
 from flux2pixel.models import base as bases
-from flux2pixel.models.folder import equals_its_base, is_pixel_folder
-from flux2pixel.recipe import Recipe, as_dict
-from flux2pixel.runtime import device
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
+from flux2pixel.models.folder import equals_its_base, is_pixel_folder, read_folder
+from flux2pixel.models.model import Model, open_model, to_bytes
+from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Candidate:
     """A column of the report: a model that draws, or images made elsewhere (``open`` is then None).
 
     ``settings`` are all that decides its images beside weights, prompts, seed and size; they are part of the digest.
+    ``encoder`` is the digest of its text encoder and ``encode`` opens that alone; a stock pipeline encodes for itself.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Candidate:
     digest: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     open: Callable[[], Drawer] | None = None
+    encoder: str = ""
+    encode: Callable[[], Encode] | None = None
 
 
 def named(text: str) -> tuple[str | None, str]:
@@ -52,11 +57,16 @@ def named(text: str) -> tuple[str | None, str]:
     return name, path
 
 
-def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Texts) -> Candidate:
-    """Resolve ``[name=]model[+adapter]`` without loading weights. Raises UsageError if it is not a model."""
+def candidate(
+    text: str, recipe: Recipe, run: Path, digests: Digests, texts: Texts, place: torch.device, matched: bool = False
+) -> Candidate:
+    """Resolve ``[name=]model[+adapter]`` without loading weights. Raises UsageError if it is not a model.
+
+    ``matched`` draws a latent base on the noise levels of the converted model, not as its own pipeline does.
+    """
     name, path = named(text)
-    place, _, adapter = path.partition("+")
-    folder = Path(place) if Path(place).is_dir() else bases.resolve(place)
+    word, _, adapter = path.partition("+")
+    folder = Path(word) if Path(word).is_dir() else bases.resolve(word)
     lora = Path(adapter) if adapter else None
     if lora is not None and not lora.exists():
         raise UsageError(f"--model {text}: no such adapter {lora}; give a LoRA file (.safetensors) or folder")
@@ -69,16 +79,12 @@ def candidate(text: str, recipe: Recipe, run: Path, digests: Digests, texts: Tex
         digest = _join(digest, digests.of_file(run / "subspace.safetensors"))
     if lora is not None:
         digest = _join(digest, digests.of_model(lora) if lora.is_dir() else digests.of_file(lora))
-    settings = {"kind": kind, "sample": as_dict(recipe)["sample"], "noise": "numpy" if kind != "stock" else "torch"}
-    if kind == "pixel":
-        settings["matched"] = equals_its_base(folder)
-
-    def load() -> Drawer:
-        if kind == "stock":
-            return StockDrawer(folder, recipe, lora)
-        return FlowDrawer(folder, recipe, run, texts, _encoder(folder, digests), lora)
-
-    return Candidate(name, folder, kind, digest, settings, load)
+    if kind == "stock":
+        stock = StockDrawer(folder, recipe, place, lora)
+        return Candidate(name, folder, kind, digest, stock.settings, stock.open)
+    encoder = _join(_encoder(folder, digests), str(text_dtype(place)))
+    flow = FlowDrawer(folder, recipe, run, place, texts, encoder, lora, matched and kind == "latent")
+    return Candidate(name, folder, kind, digest, flow.settings, flow.open, encoder, flow.encoder)
 
 
 def _kind(folder: Path, run: Path) -> str:
@@ -108,36 +114,88 @@ def _encoder(folder: Path, digests: Digests) -> str:
     return digests.of_model(folder, parts or ["."])
 
 
+def text_dtype(place: torch.device) -> torch.dtype:
+    """What text encoders and stock pipelines run in: bf16, as they were trained, and float32 where that is slow."""
+    return torch.float32 if place.type == "cpu" else torch.bfloat16
+
+
+def _names(prompts: Sequence[str], keys: Sequence[Key]) -> list[str]:
+    """What an error calls the images of a batch."""
+    return [f"{prompt!r}, seed {seed}, sample {index}" for prompt, (seed, index) in zip(prompts, keys, strict=True)]
+
+
 class FlowDrawer:
-    """A pixel model, or the latent base of the run, from seeded pixel noise; every distinct prompt is encoded once."""
+    """A pixel model, or the latent base, from seeded pixel noise; the only place in eval that opens either.
 
-    def __init__(self, folder: Path, recipe: Recipe, run: Path, texts: Texts, encoder: str, lora: Path | None):
-        from flux2pixel.models.model import open_model
+    The text encoder and the network are never in memory together: conditionings come from ``texts``.
+    """
 
-        self._model = open_model(
-            folder,
-            recipe.sample if is_pixel_folder(folder) else None,
-            subspace=run / "subspace.safetensors",
-            device=device.choose(),
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        run: Path,
+        place: torch.device,
+        texts: Texts,
+        encoder: str,
+        lora: Path | None = None,
+        matched: bool = False,
+    ):
+        self._folder, self._recipe, self._run, self._place = folder, recipe, run, place
+        self._texts, self._encoder, self._lora, self._matched = texts, encoder, lora, matched
+        self._model: Any = None
+
+    def _open(self) -> Model:
+        """The model, no weights loaded yet.
+
+        The latent base is drawn as its own pipeline draws it, whatever the recipe says of pixel models; ``matched``, on
+        the grid of the run's converted model, so that what differs is the conversion alone.
+        """
+        pixel = is_pixel_folder(self._folder)
+        subspace = self._run / "subspace.safetensors"
+        model = open_model(
+            self._folder,
+            self._recipe.sample if pixel else None,
+            subspace=subspace if not pixel and subspace.is_file() else None,
+            device=self._place,
+            dtype=None if self._place.type != "cpu" else torch.float32,
         )
-        self._texts, self._encoder = texts, encoder
-        self._patch = self._model.codec.patch
-        if lora is not None:
-            _load_lora(self._model.transformer, lora)
+        if not self._matched:
+            return model
+        grid = read_folder(self._run / "converted").sampler
+        return replace(model, sampler=replace(grid, orthogonal=False, gamut_clamp=False))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sampler, and where the noise is from."""
+        pixel = is_pixel_folder(self._folder)
+        kind = {"kind": "pixel", "equals_base": equals_its_base(self._folder)} if pixel else {"kind": "latent"}
+        return kind | {"matched": self._matched, "noise": "numpy"} | self._open().sampler.as_dict()
+
+    def encoder(self) -> Encode:
+        """Open the text encoder alone."""
+        base = bases.open_base(self._folder, text_dtype(self._place), device=self._place)
+
+        def encode(prompts: list[str]) -> Conditioning:
+            return base.text(prompts)
+
+        return encode
+
+    def open(self) -> FlowDrawer:
+        """Load the weights."""
+        self._model = self._open()
+        if self._lora is not None:
+            _load_lora(self._model.transformer, self._lora)
+        return self
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self._model = None
 
     def draw(self, prompts: Sequence[str], keys: Sequence[Key], size: Size) -> np.ndarray:
-        from flux2pixel.models.model import seeded_noise, to_bytes
-
-        width, height = size
-        patch = self._patch
-        if width % patch or height % patch:
-            raise UsageError(
-                f"{width}x{height} is not a multiple of the model's patch of {patch} pixels; set eval.size"
-            )
-        text = self._texts.of(self._encoder, self._model.text, prompts)
-        empty = self._texts.of(self._encoder, self._model.text, [""] * len(prompts))
-        noise = seeded_noise(list(keys), (height // patch) * (width // patch), 3 * patch * patch)
-        return to_bytes(self._model(text, empty, noise, (height, width)))
+        text = self._texts.of(self._encoder, prompts)
+        empty = self._texts.of(self._encoder, [""] * len(prompts))
+        return to_bytes(self._model(text, empty, self._model.noise(keys, size), size), _names(prompts, keys))
 
 
 class StockDrawer:
@@ -146,33 +204,45 @@ class StockDrawer:
     The prompt's samples are drawn together, so that its text is encoded once for all of them.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, lora: Path | None):
-        import torch
+    def __init__(self, folder: Path, recipe: Recipe, place: torch.device, lora: Path | None):
+        self._folder, self._place, self._lora = folder, place, lora
+        said = {"num_inference_steps": recipe.sample.steps, "guidance_scale": recipe.sample.guidance}
+        self._said = {name: value for name, value in said.items() if value is not None}
+        self._pipeline: Any = None
+        self._options: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the pipeline is told; the rest is its own."""
+        return {"kind": "stock", "noise": "torch"} | self._said
+
+    def open(self) -> StockDrawer:
+        """Load the pipeline."""
         from diffusers import DiffusionPipeline
 
         from flux2pixel.runtime.progress import quiet_libraries
 
         quiet_libraries()
-        place = device.choose()
-        kind = torch.float32 if place.type == "cpu" else torch.bfloat16
         try:
-            self._pipeline = DiffusionPipeline.from_pretrained(folder, dtype=kind)
+            pipeline = DiffusionPipeline.from_pretrained(self._folder, dtype=text_dtype(self._place))
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise Flux2PixelError(f"{folder}: cannot be loaded as a pipeline ({first_line(error)})") from error
-        self._pipeline.set_progress_bar_config(disable=True)
-        self._pipeline.to(place)
-        if lora is not None:
-            self._pipeline.load_lora_weights(lora)
-        self._sample = recipe.sample
-        # The miniature's text encoder takes 12 tokens; pipelines ask for 512 unless told.
-        limit = getattr(getattr(self._pipeline, "tokenizer", None), "model_max_length", 512)
-        self._options = (
-            {"max_sequence_length": int(limit)} if limit < 512 and "Flux2" in type(self._pipeline).__name__ else {}
-        )
+            reason = str(error).splitlines()[0]
+            raise Flux2PixelError(f"{self._folder}: cannot be loaded as a pipeline ({reason})") from error
+        pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = pipeline.to(self._place)
+        if self._lora is not None:
+            pipeline.load_lora_weights(self._lora)
+        # A text encoder may take fewer tokens than the 512 that pipelines ask for unless told.
+        limit = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", 512)
+        if limit < 512 and "Flux2" in type(pipeline).__name__:
+            self._options = {"max_sequence_length": int(limit)}
+        return self
+
+    def close(self) -> None:
+        """Let the pipeline go."""
+        self._pipeline = None
 
     def draw(self, prompts: Sequence[str], keys: Sequence[Key], size: Size) -> np.ndarray:
-        import torch
-
         drawn: list[np.ndarray] = []
         first = 0
         while first < len(prompts):
@@ -181,16 +251,16 @@ class StockDrawer:
                 last += 1
             made = self._pipeline(
                 prompt=prompts[first],
-                width=size[0],
-                height=size[1],
-                num_inference_steps=self._sample.steps,
-                guidance_scale=self._sample.guidance,
+                height=size[0],
+                width=size[1],
                 num_images_per_prompt=last - first,
                 generator=[torch.Generator().manual_seed(_seed(key)) for key in keys[first:last]],
                 output_type="np",
+                **self._said,
                 **self._options,
             ).images
-            drawn.append((np.clip(made, 0, 1) * 255).round().astype(np.uint8))
+            pixels = torch.from_numpy(made).permute(0, 3, 1, 2)
+            drawn.append(to_bytes(pixels, _names(prompts[first:last], keys[first:last])))
             first = last
         return np.concatenate(drawn)
 

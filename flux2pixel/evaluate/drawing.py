@@ -18,21 +18,22 @@ import numpy as np
 
 from flux2pixel.evaluate import png
 from flux2pixel.evaluate.layout import GRID, ImageFile
-from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.evaluate.suite import Prompt, Size
 
 WRITERS = 4  # threads that compress; zlib works outside the interpreter's lock
 AHEAD = 64  # encoded images that may wait for the disk
-FORMAT = 1  # of the settings below: a change of what draws the noise or the pixels must raise it
+FORMAT = 2  # of the settings below: a change of what draws the noise or the pixels must raise it
 
-Size = tuple[int, int]  # width, height
 Key = tuple[int, int]  # what seeds an image: (seed and prompt, sample)
 
 
 class Drawer(Protocol):
-    """A loaded model that draws."""
+    """A loaded model that draws; `close` lets its weights go."""
 
     def draw(self, prompts: Sequence[str], keys: Sequence[Key], size: Size) -> np.ndarray:
         """One image a prompt and key: (B, H, W, 3) uint8. Equal prompt, key and size give the equal image."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

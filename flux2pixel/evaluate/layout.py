@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flux2pixel.evaluate import png
-from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.evaluate.suite import Prompt, Sample, Size
 from flux2pixel.runtime import files
+from flux2pixel.runtime.errors import UsageError
 
 GRID = 2  # samples along a side of DPG-Bench's grid
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,11 +29,11 @@ class ImageFile:
     prompt: Prompt
     indices: tuple[int, ...]
 
-    def samples(self, side: tuple[int, int]) -> list[Sample]:
-        """The samples, each (width, height) = ``side`` pixels."""
+    def samples(self, size: Size) -> list[Sample]:
+        """The samples, each (height, width) = ``size`` pixels."""
         if len(self.indices) == 1:
             return [Sample(self.prompt, self.indices[0], self.path)]
-        width, height = side
+        height, width = size
         found = []
         for place, index in enumerate(self.indices):
             x, y = place % GRID * width, place // GRID * height
@@ -80,13 +81,13 @@ class Found:
     faults: list[str]
 
 
-def read_folder(suite: str, folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
+def read_folder(suite: str, folder: Path, prompts: Sequence[Prompt], size: Size | None) -> Found:
     """Look through a folder of images in a suite's official layout, without decoding them.
 
-    ``side`` is that of one sample in pixels and only DPG-Bench's grids need it; elsewhere 0.
+    ``size`` is that of one sample, (height, width), and only DPG-Bench's grids need it; elsewhere None.
     """
     reader = {"geneval": _read_geneval, "dpg-bench": _read_grids, "hpsv3": _read_flat}[suite]
-    found = reader(folder, prompts, side)
+    found = reader(folder, prompts, size)
     faults = [f"{file.path}: {reason}" for file in found.files if (reason := _fault(file.path))]
     return Found(found.files, found.missing, found.faults + faults)
 
@@ -124,7 +125,7 @@ def _numbered(folder: Path, wanted: int, faults: list[str]) -> list[Path]:
     return ordered[:wanted]
 
 
-def _read_geneval(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
+def _read_geneval(folder: Path, prompts: Sequence[Prompt], size: Size | None) -> Found:
     found, missing, faults = [], [], []
     known = {prompt.id: prompt for prompt in prompts}
     # The official reader takes any name of digits as the line number, so 12 is 00012.
@@ -156,7 +157,7 @@ def _read_geneval(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
     return Found(found, missing, faults)
 
 
-def _read_grids(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
+def _read_grids(folder: Path, prompts: Sequence[Prompt], size: Size | None) -> Found:
     found, missing, faults = [], [], []
     known = {prompt.id: prompt for prompt in prompts}
     taken: dict[str, Path] = {}
@@ -168,7 +169,7 @@ def _read_grids(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
             faults.append(f"{path}: the same item as {taken[key].name}; remove one")
         else:
             taken[key] = path
-            if reason := _not_a_grid(path, side):
+            if reason := _not_a_grid(path, size):
                 faults.append(f"{path}: {reason}")
     for key, prompt in known.items():
         if key in taken:
@@ -183,17 +184,20 @@ def _read_grids(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
     return Found(found, missing, faults)
 
 
-def _not_a_grid(path: Path, side: int) -> str | None:
+def _not_a_grid(path: Path, size: Size | None) -> str | None:
+    if size is None:
+        raise UsageError(f"{path}: say how many pixels a sample of the grids has, --set eval.size=1024")
     try:
-        size = png.size(path)
+        height, width = png.size(path)
     except (OSError, SyntaxError, ValueError):
         return None  # a broken file has a line of its own
-    if size == (GRID * side, GRID * side):
+    if (height, width) == (GRID * size[0], GRID * size[1]):
         return None
-    return f"is {size[0]}x{size[1]}; a 2 x 2 grid of {side}-pixel samples is {GRID * side}x{GRID * side}"
+    wanted = f"{GRID * size[1]}x{GRID * size[0]}"
+    return f"is {width}x{height}; a 2 x 2 grid of samples of {size[1]}x{size[0]} pixels is {wanted}"
 
 
-def _read_flat(folder: Path, prompts: Sequence[Prompt], side: int) -> Found:
+def _read_flat(folder: Path, prompts: Sequence[Prompt], size: Size | None) -> Found:
     found, missing, faults = [], [], []
     taken: dict[str, Path] = {}
     by_place = {(prompt.group, prompt.id): prompt for prompt in prompts}

@@ -88,13 +88,10 @@ def hpsv3_prompts(assets: Path) -> list[Prompt]:
 
 def hpsv3(assets: Path, device: str, prompts: Sequence[Prompt], script_text: bool = False, batch: int = 16) -> Any:
     """HPSv3 with the official weights."""
-    from flux2pixel.evaluate.hpsv3 import Hpsv3, model
+    from flux2pixel.evaluate.assets.fetch import HPSV3, Assets
+    from flux2pixel.evaluate.hpsv3 import Hpsv3, model, unchanged
 
-    folder = assets / "hpsv3"
-    digest = {}
-    if (assets / "digests.json").is_file():
-        from flux2pixel.evaluate.assets.fetch import HPSV3, Assets
-
-        digest = {"source_sha256": Assets(assets).digests.get(HPSV3.name, "not fetched here")}
+    folder, fetched = assets / "hpsv3", Assets(assets).digests
+    digest = {"source_sha256": fetched.get(HPSV3.name, "not fetched here")} if fetched else {}
     reward = model.load(folder / "HPSv3.safetensors", folder / "qwen2-vl", folder / "instruction.txt", device, digest)
-    return Hpsv3(prompts, reward, script_text, batch)
+    return Hpsv3(prompts, reward, script_text, batch, unchanged(folder / "benchmark", fetched))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flux2pixel.evaluate.suite import Size
 from flux2pixel.runtime import files
 
 KEY = "flux2pixel"
@@ -63,9 +64,9 @@ def fault(path: Path) -> str | None:
         return f"cannot be read ({error.strerror or error})"
 
 
-def size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image file, from its header."""
+def size(path: Path) -> Size:
+    """(height, width) of an image file, from its header."""
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.size
+        return image.height, image.width

@@ -2,79 +2,77 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flux2pixel import __version__
+from flux2pixel.evaluate.columns import Candidate
+from flux2pixel.evaluate.report.pictures import basis_vectors
 from flux2pixel.evaluate.report.tables import KEYS
-from flux2pixel.evaluate.run_suite import Outcome
-from flux2pixel.evaluate.statistics import mean_interval, tag_mean_interval
-from flux2pixel.evaluate.suite import Prompt, Record
+from flux2pixel.evaluate.statistics import difference
+from flux2pixel.evaluate.store import versions
+from flux2pixel.evaluate.suite import Prompt, Record, Sample
 from flux2pixel.evaluate.suites import Suite
-from flux2pixel.recipe import Recipe
+from flux2pixel.recipe import Recipe, as_dict
 
 UNKNOWN = "unknown: images made elsewhere"
-LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "safetensors", "numpy", "pillow")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes: this package, Python and the libraries."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"flux2pixel": __version__, "python": platform.python_version()} | found
+@dataclass
+class Outcome:
+    """A candidate's images in a suite and what they scored."""
+
+    candidate: Candidate
+    suite: Suite
+    samples: list[Sample] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    seconds_per_image: float | None = None
+
+
+def rows(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The report without fidelity and what follows from all of it.
+
+    A model's ``generation`` says how it was drawn: its column's settings, the seed, and the sizes suite by suite.
+    """
+    report: dict[str, Any] = {"base": recipe.base, "models": {}, "settings": as_dict(recipe), "versions": versions()}
+    for outcome in outcomes:
+        one = outcome.candidate
+        row = report["models"].setdefault(one.name, {"path": str(one.path), "kind": one.kind, "digest": one.digest})
+        if one.open is not None:
+            row["steps"] = one.settings["steps"]
+            drawn = row.setdefault("generation", dict(one.settings) | {"seed": recipe.seed, "sizes": {}})
+            drawn["sizes"][outcome.suite.name] = _sizes(outcome)
+        if outcome.seconds_per_image is not None:
+            row["seconds_per_image"] = outcome.seconds_per_image
+        if outcome.suite.open_judge is not None:
+            row[KEYS[outcome.suite.name]] = suite_figures(outcome, recipe)
+    return report
 
 
 def suite_figures(outcome: Outcome, recipe: Recipe) -> dict[str, Any]:
     """A suite's part of a model in report.json: its summary, and ``protocol`` with all that decided it."""
-    summary = dict(outcome.suite.summariser.summary(outcome.records))
+    summary = dict(outcome.suite.summarise(outcome.records))
     if outcome.suite.name == "geneval":
         summary["tags"] = summary.pop("groups")
     summary["protocol"] = outcome.suite.decided_by | {
-        "sizes": dict(Counter(_size(outcome, prompt) for prompt in outcome.suite.asked)),
+        "sizes": _sizes(outcome),
         "seed": recipe.seed if outcome.candidate.open else UNKNOWN,
         "prompts_rewritten": bool(recipe.eval.prompt_file) if outcome.candidate.open else UNKNOWN,
     }
     return summary
 
 
-def _size(outcome: Outcome, prompt: Prompt) -> str:
-    width, height = outcome.suite.size_of(prompt)
-    return f"{width}x{height}"
+def _sizes(outcome: Outcome) -> dict[str, int]:
+    """How many prompts are drawn at each size, as people write it: width x height."""
 
+    def named(prompt: Prompt) -> str:
+        height, width = outcome.suite.size_of(prompt)
+        return f"{width}x{height}"
 
-def by_prompt(outcome: Outcome) -> dict[str, float]:
-    """Mean score of each prompt over its images."""
-    rows: dict[str, list[float]] = {}
-    for record in outcome.records:
-        rows.setdefault(record.prompt, []).append(record.score)
-    return {key: float(np.mean(scores)) for key, scores in rows.items()}
-
-
-def difference(suite: Suite, ours: Outcome, theirs: Outcome) -> dict[str, float] | None:
-    """Our score minus theirs over the prompts that both have, with its 95 % interval; None if there are none.
-
-    The mean is the suite's own: of the groups' means, or, for DPG-Bench, of the items times 100.
-    """
-    mine, other = by_prompt(ours), by_prompt(theirs)
-    gaps = [
-        (prompt.group, mine[prompt.id] - other[prompt.id])
-        for prompt in suite.prompts
-        if prompt.id in mine.keys() & other.keys()
-    ]
-    if not gaps:
-        return None
-    if suite.name == "dpg-bench":
-        found = [100 * value for value in mean_interval([[gap] for _, gap in gaps])]
-    else:
-        grouped: dict[str, list[float]] = {}
-        for group, gap in gaps:
-            grouped.setdefault(group, []).append(gap)
-        found = list(tag_mean_interval(grouped))
-    return dict(zip(("difference", "low", "high"), found, strict=True)) | {"prompts": len(gaps)}
+    return dict(Counter(map(named, outcome.suite.asked)))
 
 
 def paired(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
@@ -82,20 +80,20 @@ def paired(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     first: dict[str, Outcome] = {}
     for outcome in outcomes:
-        name = outcome.suite.name
-        if outcome.suite.load is None:
+        suite = outcome.suite
+        if suite.open_judge is None:
             continue
-        reference = first.setdefault(name, outcome)
+        reference = first.setdefault(suite.name, outcome)
         if reference is outcome:
             continue
-        gap = difference(outcome.suite, outcome, reference)
+        gap = difference(suite.prompts, outcome.records, reference.records, percent=suite.name == "dpg-bench")
         if gap is not None:
             pair = f"{outcome.candidate.name}-{reference.candidate.name}"
-            found.setdefault(pair, {})[KEYS[name]] = gap
+            found.setdefault(pair, {})[KEYS[suite.name]] = gap
     return found
 
 
-def prompt_rows(outcomes: Sequence[Outcome], held_out: frozenset[str] | None) -> list[dict[str, Any]]:
+def prompt_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Every prompt of every suite with each model's verdicts, in the suites' order."""
     suites = {outcome.suite.name: outcome.suite for outcome in outcomes}
     records: dict[tuple[str, str, str], list[Record]] = {}
@@ -103,17 +101,17 @@ def prompt_rows(outcomes: Sequence[Outcome], held_out: frozenset[str] | None) ->
         for record in outcome.records:
             records.setdefault((outcome.suite.name, record.prompt, outcome.candidate.name), []).append(record)
     names = list(dict.fromkeys(outcome.candidate.name for outcome in outcomes))
-    rows = []
+    found = []
     for name, suite in suites.items():
         for prompt in suite.asked:
             row: dict[str, Any] = {"suite": name, "id": prompt.id, "prompt": prompt.text, "tag": prompt.group}
-            if held_out is not None:
-                row["held_out"] = prompt.text in held_out
+            if suite.held_out is not None:
+                row["held_out"] = prompt.text in suite.held_out
             verdicts = {
                 model: [_verdict(name, r) for r in records.get((name, prompt.id, model), ())] for model in names
             }
-            rows.append(row | {"verdicts": {model: found for model, found in verdicts.items() if found}})
-    return rows
+            found.append(row | {"verdicts": {model: given for model, given in verdicts.items() if given}})
+    return found
 
 
 def _verdict(suite: str, record: Record) -> dict[str, Any]:
@@ -125,3 +123,62 @@ def _verdict(suite: str, record: Record) -> dict[str, Any]:
 def missing_count(figures: Mapping[str, Any]) -> int:
     """How many images a suite's summary says are missing."""
     return len(figures.get("missing") or ())
+
+
+def shots(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, list[Sample]]]:
+    """Every prompt's images, model by model, for the report's gallery."""
+    found: dict[tuple[str, str], dict[str, list[Sample]]] = {}
+    for outcome in outcomes:
+        for sample in outcome.samples:
+            row = found.setdefault((outcome.suite.name, sample.prompt.id), {})
+            row.setdefault(outcome.candidate.name, []).append(sample)
+    return found
+
+
+def earlier(run: Path) -> dict[str, Any]:
+    """Exactness, basis and training figures that the earlier stages left in the run directory."""
+    found: dict[str, Any] = {}
+    conversion, training = run / "converted" / "conversion.json", run / "finetuned" / "finetune.json"
+    if conversion.is_file():
+        found["exactness"] = json.loads(conversion.read_text())["exactness"]
+    if (run / "subspace.json").is_file():
+        found["basis"] = json.loads((run / "subspace.json").read_text())
+        found["basis"]["vectors"] = basis_vectors(run / "subspace.safetensors", count=16)
+    if training.is_file():
+        record = json.loads(training.read_text())
+        found["training"] = {"curve": record["curve"], "images_seen": record["images_seen"]}
+    return found
+
+
+def seconds(run: Path, mine: float) -> dict[str, float]:
+    """Seconds of every stage of the run, eval's own with them."""
+    path = run / "seconds.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known["eval"] = mine
+    known["total"] = sum(known.get(k, 0.0) for k in ("fit_subspace", "convert", "finetune", "eval"))
+    return known
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """One line a model for the terminal."""
+    found = []
+    for name, row in report["models"].items():
+        parts = []
+        for suite, key in KEYS.items():
+            if key in row:
+                cell = row[key].get("overall")
+                lost = missing_count(row[key])
+                shown = (
+                    f"{cell['score']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+                    if cell
+                    else f"partial, {lost} missing"
+                )
+                parts.append(f"{suite} {shown}")
+        if "texture_frechet" in row.get("fidelity", {}):
+            parts.append(f"texture Fréchet {row['fidelity']['texture_frechet']:.4f}")
+        if "inception_fid" in row.get("fidelity", {}):
+            parts.append(f"FID {row['fidelity']['inception_fid']:.2f}")
+        if "seconds_per_image" in row:
+            parts.append(f"{row['seconds_per_image']:.3f} s per image")
+        found.append(f"{name:>10}: {', '.join(parts)}")
+    return found

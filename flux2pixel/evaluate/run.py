@@ -1,7 +1,8 @@
-"""The eval stage: draw what is missing, score beside it, and write ``report.html`` and ``report.json``.
+"""The eval stage: encode the prompts, draw with each model, then score, and write ``report.html`` and ``report.json``.
 
-Everything is kept under the digests of what decided it (``<run>/eval/images``, ``<run>/eval/scores``), so a run that
-was stopped goes on, and one that was complete does no model work when repeated.
+Text encoders, models and judges are in memory one after the other, never together. Everything is kept under the
+digests of what decided it (``<run>/eval/{texts,images,scores}``), so a run that was stopped goes on, and one that was
+complete does no model work when repeated.
 """
 
 from __future__ import annotations
@@ -10,33 +11,35 @@ import gc
 import json
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux2pixel.evaluate import results
+from flux2pixel.evaluate import drawing, layout, results
 from flux2pixel.evaluate.columns import Candidate, candidate, named
-from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.drawing import Clock, Order
 from flux2pixel.evaluate.fidelity.compare import compare_with_images, compare_with_renders
-from flux2pixel.evaluate.memo import Memo
+from flux2pixel.evaluate.layout import ImageFile
 from flux2pixel.evaluate.report.build import Gallery, write_report
 from flux2pixel.evaluate.report.claims import claims
 from flux2pixel.evaluate.report.comparable import comparable
-from flux2pixel.evaluate.report.pictures import basis_vectors
-from flux2pixel.evaluate.report.tables import KEYS
-from flux2pixel.evaluate.run_suite import Outcome, Task
+from flux2pixel.evaluate.results import Outcome
+from flux2pixel.evaluate.store import Digests, Entry, Key, Ledger, Memo, Texts
 from flux2pixel.evaluate.suite import Sample
-from flux2pixel.evaluate.suites import MINIATURE, NO_TRUTH, open_suites
-from flux2pixel.evaluate.texts import Texts
-from flux2pixel.miniature import world
+from flux2pixel.evaluate.suites import NO_TRUTH, Suite, has_truth, open_suites
 from flux2pixel.models import base as bases
-from flux2pixel.recipe import Recipe, as_dict
-from flux2pixel.runtime import device, files
+from flux2pixel.recipe import Recipe
+from flux2pixel.runtime import device as devices
+from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.processes import Team, join
-from flux2pixel.runtime.progress import log
+from flux2pixel.runtime.progress import bar, log
+
+SHOWN = 20  # faults printed one by one; the rest is counted
+FEW = 2048  # images below which Inception's covariance, of as many dimensions, cannot be filled
 
 
 def evaluate(
@@ -45,54 +48,55 @@ def evaluate(
     models: Sequence[str] = (),
     out: Path | None = None,
     images: Sequence[str] = (),
+    *,
+    matched: bool = False,
 ) -> Path:
     """Score models and folders of images side by side; returns the path of the page, report.json is beside it.
 
     ``models`` are ``[name=]folder[+adapter]`` (none and no ``images``: base, converted and finetuned of the run),
-    ``images`` are ``[name=]folder`` in a suite's official layout. Under torchrun the work is shared and the first
-    process writes the report. Raises UsageError before any work for what no run can mend.
+    ``images`` are ``[name=]folder`` in a suite's official layout; ``matched`` as in `columns.candidate`. Under
+    torchrun the work is shared and the first process writes the report. Raises UsageError before any work for what no
+    run can mend.
     """
     set_threads(recipe.threads)
-    with join() as team:
-        return _evaluate(recipe, run, models, out, images, team)
+    with join(device=recipe.device) as team:
+        return _evaluate(recipe, run, models, out, images, matched, team)
 
 
 def _evaluate(
-    recipe: Recipe, run: Path, models: Sequence[str], out: Path | None, images: Sequence[str], team: Team
+    recipe: Recipe,
+    run: Path,
+    models: Sequence[str],
+    out: Path | None,
+    images: Sequence[str],
+    matched: bool,
+    team: Team,
 ) -> Path:
-    started, place = time.perf_counter(), team.device
-    home = run / "eval"
-    digests, texts, memo = (
-        Digests(home / "digests.json"),
-        Texts(),
-        Memo(home / "scores" / f"sets.{team.rank}.json"),
-    )
+    started, place, home = time.perf_counter(), team.device, run / "eval"
+    digests, texts = Digests(home / "digests.json"), Texts(home / "texts")
+    memo = Memo(home / "scores" / f"sets.{team.rank}.json")
     suites = open_suites(recipe, digests, memo, str(place))
-    candidates = _candidates(recipe, run, models, images, digests, texts)
-    tasks = [
-        Task(c, suite, recipe.seed, home, digests, team.rank, recipe.eval.size > 0)
-        for c in candidates
-        for suite in suites
-    ]
+    candidates = _candidates(recipe, run, models, images, digests, texts, place, matched)
+    tasks = [Task(one, suite, recipe, home, digests, team) for one in candidates for suite in suites]
     if team.leads:
-        if "fidelity" in recipe.eval.suite and recipe.base != MINIATURE and not recipe.eval.reference:
-            log(f"eval: fidelity is left out: {NO_TRUTH}")
-        log("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
-        log(f"eval: draws and scores on {device.describe(place)}")
+        _announce(recipe, candidates, place)
+    _encode(tasks, texts, team)
     for one in candidates:
-        _work(one, [task for task in tasks if task.candidate is one], recipe, team, texts)
+        _draw(one, [task for task in tasks if task.candidate is one])
+    team.barrier()
+    for suite in suites:
+        _score(suite, [task for task in tasks if task.suite is suite])
     digests.save()
     page = out or run / "report.html"
     team.barrier()
     if team.leads:
         outcomes = [task.collect() for task in tasks]
         report = _report(recipe, run, outcomes, memo, digests, place)
-        report["seconds"] = _seconds(run, time.perf_counter() - started)
-        gallery = Gallery(_shots(outcomes), home / "sheets", digests)
+        report["seconds"] = results.seconds(run, time.perf_counter() - started)
         files.write_json(page.with_suffix(".json"), report)
-        write_report(report, gallery, page)
+        write_report(report, Gallery(results.shots(outcomes), home / "sheets", digests), page)
         digests.save()
-        for line in _lines(report):
+        for line in results.lines(report):
             log(line)
         log(f"wrote {page}")
     return page
@@ -100,25 +104,37 @@ def _evaluate(
 
 def check(recipe: Recipe, run: Path, models: Sequence[str], images: Sequence[str]) -> None:
     """Raise UsageError for what `evaluate` would refuse; loads no weights and writes nothing but digests."""
-    digests = Digests(run / "eval" / "digests.json")
-    suites = open_suites(recipe, digests, Memo(run / "eval" / "scores" / "sets.0.json"), "cpu")
-    for one in _candidates(recipe, run, models, images, digests, Texts()):
+    home, place = run / "eval", torch.device("cpu")
+    digests = Digests(home / "digests.json")
+    suites = open_suites(recipe, digests, Memo(home / "scores" / "sets.0.json"), "cpu")
+    for one in _candidates(recipe, run, models, images, digests, Texts(home / "texts"), place):
         for suite in suites:
-            Task(one, suite, recipe.seed, run / "eval", digests, sized=recipe.eval.size > 0)
+            Task(one, suite, recipe, home, digests)
     digests.save()
 
 
 def _candidates(
-    recipe: Recipe, run: Path, models: Sequence[str], images: Sequence[str], digests: Digests, texts: Texts
+    recipe: Recipe,
+    run: Path,
+    models: Sequence[str],
+    images: Sequence[str],
+    digests: Digests,
+    texts: Texts,
+    place: torch.device,
+    matched: bool = False,
 ) -> list[Candidate]:
     """What is compared, in order; two columns of one name are refused."""
     if not models and not images:
         models = [str(bases.resolve(recipe.base))]
-        models += [str(run / name) for name in ("converted", "finetuned") if (run / name / "asymflow.json").is_file()]
-    found = [candidate(text, recipe, run, digests, texts) for text in models]
+        models += [
+            str(run / name)
+            for name in ("converted", "readout", "finetuned")
+            if (run / name / "asymflow.json").is_file()
+        ]
+    found = [candidate(text, recipe, run, digests, texts, place, matched) for text in models]
     for text in images:
-        name, place = named(text)
-        folder = Path(place)
+        name, word = named(text)
+        folder = Path(word)
         if not folder.is_dir():
             raise UsageError(f"--images {text}: no such folder")
         found.append(Candidate(name or folder.name, folder, "images"))
@@ -130,17 +146,174 @@ def _candidates(
     return found
 
 
-def _work(one: Candidate, tasks: Sequence[Task], recipe: Recipe, team: Team, texts: Texts) -> None:
-    """Draw and score one candidate in every suite; its weights are loaded only if something is to be drawn."""
-    drawer = None
+def _announce(recipe: Recipe, candidates: Sequence[Candidate], place: torch.device) -> None:
+    if "fidelity" in recipe.eval.suite and not has_truth(recipe):
+        log(f"eval: fidelity is left out: {NO_TRUTH}")
+    if "fidelity" in recipe.eval.suite and recipe.eval.reference and recipe.eval.fidelity_images < FEW:
+        log(
+            f"eval: FID of {recipe.eval.fidelity_images} images (eval.fidelity_images) is biased and compares with no "
+            f"published figure; it takes {FEW} and more. KID is not biased"
+        )
+    log("eval: " + ", ".join(f"{c.name} {c.path}" for c in candidates))
+    log(f"eval: draws and scores on {devices.describe(place)}")
+
+
+class Task:
+    """The work of one candidate in one suite; ``home`` holds images/ and scores/ of the run.
+
+    A process's share of the files is fixed, so processes need not agree on what is done.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        suite: Suite,
+        recipe: Recipe,
+        home: Path,
+        digests: Digests,
+        team: Team | None = None,
+    ):
+        self.candidate, self.suite, self._digests = candidate, suite, digests
+        self._team = team or Team()
+        self._folder = home / "images" / candidate.name / suite.name
+        self._scores = home / "scores" / candidate.name
+        self.order, self._batch = None, recipe.eval.batch
+        if candidate.open is None:
+            self.files = _foreign(candidate, suite, sized=recipe.eval.size > 0)
+        else:
+            self.order = Order(candidate.digest, candidate.settings, recipe.seed, suite.places, suite.size_of)
+            self.files = layout.image_files(suite.name, self._folder, suite.asked, suite.samples)
+
+    @cached_property
+    def stale(self) -> set[Path]:
+        """The files to draw, of all processes; asked before any of them is drawn."""
+        return {file.path for file in drawing.stale(self.order, self.files)} if self.order else set()
+
+    @cached_property
+    def work(self) -> list[list[ImageFile]]:
+        """This process's share of what is missing, in batches."""
+        if self.order is None:
+            return []
+        mine = self._team.share(drawing.batches(self.order, self.files, self._batch))
+        return [rest for group in mine if (rest := [file for file in group if file.path in self.stale])]
+
+    def draw(self, drawer: drawing.Drawer) -> None:
+        """Draw this process's share of what is missing."""
+        work, clock, total = self.work, Clock(), sum(len(file.indices) for group in self.work for file in group)
+        if self.order is None or not total:
+            return
+        layout.write_companions(self.suite.name, self._folder, [f.prompt for group in work for f in group])
+        with bar(f"{self.suite.name} {self.candidate.name}", total) as progress:
+            for file in drawing.draw(self.order, work, drawer, self._batch, clock):
+                progress.advance(len(file.indices))
+        speed = {"seconds_per_image": clock.seconds / clock.images, "images": clock.images}
+        files.write_json(self._scores / f"{self.suite.name}.speed.{self._team.rank}.json", speed)
+
+    def score(self) -> None:
+        """Judge this process's share of what has no record yet; each record is kept at once."""
+        ledger = self._ledger()
+        mine = [sample for file in self._team.share(self.files) for sample in self._samples(file)]
+        waiting = [sample for sample in mine if ledger.get(self._key(sample)) is None]
+        if not waiting:
+            return
+        with bar(f"{self.suite.name} {self.candidate.name}, scores", len(waiting)) as progress:
+            for sample, record in zip(waiting, self.suite.judge.score(waiting), strict=True):
+                ledger.add(Entry(self._digests.of_file(sample.path), self.suite.digest, record))
+                progress.advance()
+
+    def collect(self) -> Outcome:
+        """Read back every sample and record, of all processes; the ledger is settled to what counts."""
+        outcome = Outcome(self.candidate, self.suite)
+        outcome.samples = [sample for file in self.files for sample in self._samples(file)]
+        speeds = [json.loads(path.read_text()) for path in sorted(self._scores.glob(f"{self.suite.name}.speed.*.json"))]
+        if images := sum(speed["images"] for speed in speeds):
+            outcome.seconds_per_image = sum(s["seconds_per_image"] * s["images"] for s in speeds) / images
+        if self.suite.open_judge is None:
+            return outcome
+        ledger, keys = self._ledger(), [self._key(sample) for sample in outcome.samples]
+        found = [(key, record) for key in keys if (record := ledger.get(key)) is not None]
+        ledger.settle([key for key, _ in found])
+        outcome.records = [record for _, record in found]
+        return outcome
+
+    def _ledger(self) -> Ledger:
+        return Ledger(self._scores / f"{self.suite.name}.jsonl", self._team.rank)
+
+    def _samples(self, file: ImageFile) -> list[Sample]:
+        return file.samples(self.suite.size_of(file.prompt))
+
+    def _key(self, sample: Sample) -> Key:
+        """What a sample's record is kept under."""
+        return (self._digests.of_file(sample.path), self.suite.digest, sample.prompt.id, sample.index)
+
+
+def _foreign(candidate: Candidate, suite: Suite, sized: bool) -> list[ImageFile]:
+    """Images made elsewhere, refused whole if any would be scored wrongly; ``sized``: eval.size says a sample's size.
+
+    Of grids it must: cut at another size, their samples would be parts of pictures.
+    """
+    folder = candidate.path / suite.name if (candidate.path / suite.name).is_dir() else candidate.path
+    found = layout.read_folder(suite.name, folder, suite.asked, (suite.side, suite.side) if sized else None)
+    for line in [*found.faults[:SHOWN], *found.missing[:SHOWN]]:
+        log(line)
+    for lines, what in ((found.faults, "faults"), (found.missing, "prompts with missing images")):
+        if len(lines) > SHOWN:
+            log(f"{folder}: {len(lines)} {what}, {len(lines) - SHOWN} not shown")
+    if found.faults:
+        raise UsageError(
+            f"--images {folder}: {len(found.faults)} files would be scored wrongly (above); nothing was scored"
+        )
+    if not found.files:
+        raise UsageError(f"--images {folder}: holds no image of {suite.name} in its official layout")
+    if found.missing:
+        log(f"{folder}: images are missing, so {suite.name} is partial and has no overall")
+    return found.files
+
+
+def _encode(tasks: Sequence[Task], texts: Texts, team: Team) -> None:
+    """Encode what will be drawn, once for all models of one encoder, each process its share; then let it go."""
+    wanted: dict[str, list[str]] = {}
     for task in tasks:
-        work = task.plan(team, recipe.eval.batch)
-        if work.draw:
-            texts.expect(["", *(file.prompt.text for group in work.draw for file in group)])
-            if drawer is None and one.open is not None:
-                drawer = one.open()
-        task.run(work, drawer, recipe.eval.batch)
-    del drawer
+        if task.candidate.encoder and task.stale:
+            asked = [file.prompt.text for file in task.files if file.path in task.stale]
+            wanted.setdefault(task.candidate.encoder, [""]).extend(asked)
+    todo = {encoder: texts.missing(encoder, prompts) for encoder, prompts in wanted.items()}
+    team.barrier()  # every process has the same list before any adds to it
+    openers = {task.candidate.encoder: task.candidate.encode for task in tasks if task.candidate.encode is not None}
+    for encoder, chunks in todo.items():
+        if mine := team.share(chunks):
+            encode = openers[encoder]()
+            with bar("text", sum(map(len, mine))) as progress:
+                for chunk in mine:
+                    texts.add(encoder, chunk, encode)
+                    progress.advance(len(chunk))
+            del encode
+            _free()
+    team.barrier()
+
+
+def _draw(one: Candidate, tasks: Sequence[Task]) -> None:
+    """Draw all of one candidate; its weights are loaded only if something is missing, and let go."""
+    if one.open is None or not any(task.work for task in tasks):
+        return
+    drawer = one.open()
+    for task in tasks:
+        task.draw(drawer)
+    drawer.close()
+    _free()
+
+
+def _score(suite: Suite, tasks: Sequence[Task]) -> None:
+    """Score all candidates in one suite; its judge is opened only if something has no record, and let go."""
+    if suite.open_judge is not None:
+        for task in tasks:
+            task.score()
+        suite.close()
+        _free()
+
+
+def _free() -> None:
+    """Give back the memory of what was let go."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -149,82 +322,14 @@ def _work(one: Candidate, tasks: Sequence[Task], recipe: Recipe, team: Team, tex
 def _report(
     recipe: Recipe, run: Path, outcomes: list[Outcome], memo: Memo, digests: Digests, place: torch.device
 ) -> dict[str, Any]:
-    report: dict[str, Any] = {"base": recipe.base, "models": {}, "settings": as_dict(recipe)}
-    report["versions"] = results.versions()
-    for outcome in outcomes:
-        one = outcome.candidate
-        row = report["models"].setdefault(one.name, {"path": str(one.path), "kind": one.kind, "digest": one.digest})
-        if one.open is not None:
-            row["steps"] = recipe.sample.steps
-            row["generation"] = dict(one.settings) | {"seed": recipe.seed}
-        if outcome.seconds_per_image is not None:
-            row["seconds_per_image"] = outcome.seconds_per_image
-        if outcome.suite.load is not None:
-            row[KEYS[outcome.suite.name]] = results.suite_figures(outcome, recipe)
-    if recipe.base == MINIATURE and (drawn := [one for one in outcomes if one.suite.name == "geneval"]):
+    report = results.rows(recipe, outcomes)
+    if drawn := [one for one in outcomes if one.suite.name == "geneval"]:
         compare_with_renders(recipe, report, drawn, memo, digests)
     if "fidelity" in recipe.eval.suite and recipe.eval.reference:
         compare_with_images(recipe, report, outcomes, memo, digests, place)
     report["paired"] = results.paired(outcomes)
-    report |= _provenance(run)
+    report |= results.earlier(run)
     report["comparable"] = comparable(report["models"])
     report["claims"] = claims(report)
-    report["prompts"] = results.prompt_rows(outcomes, world.HELD_OUT if recipe.base == MINIATURE else None)
+    report["prompts"] = results.prompt_rows(outcomes)
     return report
-
-
-def _shots(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, list[Sample]]]:
-    found: dict[tuple[str, str], dict[str, list[Sample]]] = {}
-    for outcome in outcomes:
-        for sample in outcome.samples:
-            row = found.setdefault((outcome.suite.name, sample.prompt.id), {})
-            row.setdefault(outcome.candidate.name, []).append(sample)
-    return found
-
-
-def _provenance(run: Path) -> dict[str, Any]:
-    """Exactness, basis and training figures that the earlier stages left in the run directory."""
-    found: dict[str, Any] = {}
-    conversion, training = run / "converted" / "conversion.json", run / "finetuned" / "finetune.json"
-    if conversion.is_file():
-        found["exactness"] = json.loads(conversion.read_text())["exactness"]
-    if (run / "subspace.json").is_file():
-        found["basis"] = json.loads((run / "subspace.json").read_text())
-        found["basis"]["vectors"] = basis_vectors(run / "subspace.safetensors", count=16)
-    if training.is_file():
-        record = json.loads(training.read_text())
-        found["training"] = {"curve": record["curve"], "images_seen": record["images_seen"]}
-    return found
-
-
-def _seconds(run: Path, mine: float) -> dict[str, float]:
-    path = run / "seconds.json"
-    seconds = json.loads(path.read_text()) if path.is_file() else {}
-    seconds["eval"] = mine
-    seconds["total"] = sum(seconds.get(k, 0.0) for k in ("fit_subspace", "convert", "finetune", "eval"))
-    return seconds
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    """One line a model for the terminal."""
-    lines = []
-    for name, row in report["models"].items():
-        parts = []
-        for suite, key in KEYS.items():
-            if key in row:
-                cell = row[key].get("overall")
-                lost = results.missing_count(row[key])
-                shown = (
-                    f"{cell['score']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
-                    if cell
-                    else f"partial, {lost} missing"
-                )
-                parts.append(f"{suite} {shown}")
-        if "texture_frechet" in row.get("fidelity", {}):
-            parts.append(f"texture Fréchet {row['fidelity']['texture_frechet']:.4f}")
-        if "inception_fid" in row.get("fidelity", {}):
-            parts.append(f"FID {row['fidelity']['inception_fid']:.2f}")
-        if "seconds_per_image" in row:
-            parts.append(f"{row['seconds_per_image']:.3f} s per image")
-        lines.append(f"{name:>10}: {', '.join(parts)}")
-    return lines

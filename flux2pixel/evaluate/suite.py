@@ -1,12 +1,12 @@
-"""What a suite is to the rest of ``eval``: prompts to generate for, and a scorer of the images made from them.
+"""What passes between a suite and the rest of ``eval``: prompts, samples, and the records that a judge makes of them.
 
-A scorer answers one `Record` an image. A record is plain JSON and holds all that the summary needs, so records can be
+A judge answers one `Record` an image. A record is plain JSON and holds all that the summary needs, so records can be
 kept on disk, scoring can stop and go on, and summing up again does no model work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from flux2pixel.runtime.errors import Flux2PixelError
 
 T = TypeVar("T")
+Size = tuple[int, int]  # height, width, in pixels
 Rgb = np.ndarray  # (H, W, 3) uint8
 
 
@@ -63,31 +64,17 @@ class Record:
         return asdict(self)
 
 
-class Scorer(Protocol):
-    """A suite with its judge loaded."""
-
-    suite: str
-    judge: str  # who judges, as reports must name it: "official" or another name
-
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        """All prompts of the suite, in its order."""
+class Judge(Protocol):
+    """A suite with its networks loaded: what `Suite.open_judge` opens."""
 
     def score(self, samples: Iterable[Sample]) -> Iterator[Record]:
-        """Score the samples in order, in batches, reading ahead; ``samples`` may still be growing.
+        """Score the samples in order, in batches, reading ahead.
 
         Raises Flux2PixelError naming the file if an image cannot be decoded whole.
         """
 
-    def summary(self, records: Iterable[Record]) -> dict[str, Any]:
-        """Sum up: ``groups`` (each score, low, high, prompts, images), counts, ``missing``, and ``overall``.
-
-        ``overall`` is absent unless every sample of every prompt of the suite is there. Raises UsageError for records
-        that are not of this suite, or twice the same.
-        """
-
     def provenance(self) -> dict[str, Any]:
-        """Say what decides the scores: protocol version, digests of prompts and weights, library versions."""
+        """Say what decides the scores: who judges ("official" or another name), digests of prompts and weights."""
 
 
 def read_rgb(sample: Sample, orient: bool = True) -> Rgb:

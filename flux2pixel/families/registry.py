@@ -8,7 +8,7 @@ A package names a :class:`Plugin` in its entry points, group ``flux2pixel.bases`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -25,15 +25,15 @@ class Plugin:
     """A base that brings what the Hub's bases take from elsewhere.
 
     ``folder`` is its checkpoint; ``sources`` and ``suites`` are the training images and the evaluations that only it
-    has, by name, and ``truth`` its true images for the fidelity figures, each as "module:attribute", imported when
-    used. ``licence`` is that of the checkpoint.
+    has, by name, and ``truth`` its true images for the fidelity figures: callables that import what they need when they
+    are called. ``licence`` is that of the checkpoint.
     """
 
     name: str
     folder: Path
-    suites: Mapping[str, Any] = field(default_factory=dict)
-    sources: Mapping[str, Any] = field(default_factory=dict)
-    truth: Any = None
+    suites: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    truth: Callable[..., Any] | None = None
     licence: str = "Apache-2.0"
 
 

@@ -1,0 +1,7 @@
+"""Training of a converted model on real pixels. Can be called, as ``flux2pixel.finetune``."""
+
+import sys
+
+from flux2pixel import Verb
+
+sys.modules[__name__].__class__ = Verb

@@ -284,8 +284,9 @@ class Watch:
 
     def look(self, step: int, last: bool = False) -> None:
         """Validate and draw samples with the averaged weights when they are due: first, every so often, and last."""
-        validate = self.validation.units and (step % self.settings.validate_every == 0 or last)
-        draw = step % self.settings.sample_every == 0 or last
+        every, often = self.settings.validate_every, self.settings.sample_every
+        validate = self.validation.units and every and (step % every == 0 or last)
+        draw = often and (step % often == 0 or last)
         if not (validate or draw):
             return
         began, state = time.perf_counter(), self.trainer.state

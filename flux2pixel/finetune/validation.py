@@ -54,7 +54,9 @@ class Validation:
     @property
     def edges(self) -> list[float]:
         """Noise levels between the strata, BINS + 1."""
-        levels = schedule.shift(torch.linspace(0, 1, BINS + 1), self.recipe.finetune.shift)
+        levels = schedule.shift(
+            torch.linspace(0, 1, BINS + 1), self.recipe.finetune.shift * self.recipe.data.resolution / 1024
+        )
         return [round(level, 4) for level in levels.tolist()]
 
     @torch.no_grad()
@@ -84,7 +86,7 @@ class Validation:
         generator = seeded(device, self.recipe.seed, VALIDATION, batch.number, stratum)
         x0 = batch.pixels()
         t = (stratum + torch.rand(len(x0), generator=generator, device=device)) / BINS
-        sigma = schedule.shift(t, settings.shift)
+        sigma = schedule.shift(t, settings.shift * batch.patch_size * (batch.grid[0] * batch.grid[1]) ** 0.5 / 1024)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         x0_hat = self.objective.predict(network, batch, x0, sigma, eps)
         return flow_matching(x0, x0_hat, sigma, settings.sigma_min)

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flux2pixel.evaluate.dpg_bench import DpgBench, prompts
-from flux2pixel.evaluate.geneval.verdict import keep, relations
-from flux2pixel.evaluate.suite import Rgb
+import numpy as np
+
 from flux2pixel.miniature import detector, world
+from flux2pixel.miniature.judge import Suite
 
 _IS_THERE = re.compile(r"Is there a (\w+)\?")
 _COLOR = re.compile(r"Is the (\w+) (\w+)\?")
@@ -65,11 +65,11 @@ class Analytic:
 
     name = "miniature"
 
-    def ask(self, images: Sequence[Rgb], questions: Sequence[Sequence[str]]) -> list[list[str]]:
+    def ask(self, images: Sequence[np.ndarray], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         """Answer yes or no; images must be of the world's size. ValueError for a question of another kind."""
         answers = []
         for image, asked in zip(images, questions, strict=True):
-            seen = {name: keep(found, 0.3) for name, found in detector.detect(image).items()}
+            seen = {name: _best(found) for name, found in detector.detect(image).items()}
             answers.append(["yes" if _holds(question, image, seen) else "no" for question in asked])
         return answers
 
@@ -78,7 +78,7 @@ class Analytic:
         return {"name": self.name, "classes": list(world.SHAPES), "colors": list(world.COLORS), "size": world.SIZE}
 
 
-def _holds(question: str, image: Rgb, seen: Mapping[str, Sequence[tuple[float, ...]]]) -> bool:
+def _holds(question: str, image: np.ndarray, seen: Mapping[str, Sequence[tuple[float, ...]]]) -> bool:
     if match := _IS_THERE.fullmatch(question):
         return bool(seen.get(match[1]))
     if match := _COUNT.fullmatch(question):
@@ -86,12 +86,30 @@ def _holds(question: str, image: Rgb, seen: Mapping[str, Sequence[tuple[float, .
         return len(seen.get(kind, ())) == NUMBERS[match[1]]
     if match := _RELATION.fullmatch(question):
         ours, theirs = seen.get(match[1], ()), seen.get(match[3], ())
-        return bool(ours and theirs) and match[2] in relations(ours[0], theirs[0])
+        return bool(ours and theirs) and match[2] in _relations(ours[0], theirs[0])
     if match := _COLOR.fullmatch(question):
         return any(detector.classify_color(image, found[:4]) == match[2] for found in seen.get(match[1], ()))
     raise ValueError(f"{question!r}: not a question of the miniature's world")
 
 
-def dpg_bench() -> DpgBench:
-    """DPG-Bench over the miniature's held-back prompts, judged by the analytic detector."""
-    return DpgBench(prompts(rows()), Analytic(), "")
+def _best(found: Sequence[detector.Detection]) -> list[detector.Detection]:
+    """What passes GenEval's threshold, the best first."""
+    return sorted((one for one in found if np.float32(one[4]) > np.float32(0.3)), key=lambda one: -one[4])
+
+
+def _relations(ours: Sequence[float], theirs: Sequence[float]) -> set[str]:
+    """How one box lies to another, by GenEval's rule: offset of the centres less a tenth of both sizes."""
+    boxes = np.array([ours[:4], theirs[:4]]).reshape(2, 2, 2)  # (box, corner, axis)
+    offset = boxes[0].mean(0) - boxes[1].mean(0)
+    shrunk = np.maximum(np.abs(offset) - 0.1 * np.ptp(boxes, axis=1).sum(0), 0) * np.sign(offset)
+    if not shrunk.any():
+        return set()
+    x, y = shrunk / np.linalg.norm(offset)
+    return {
+        name
+        for name, holds in (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
+        if holds
+    }
+
+
+DPG_BENCH = Suite(rows(), Analytic())

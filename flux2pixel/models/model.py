@@ -105,8 +105,6 @@ class Model(ABC):
             levels = self.levels(size).to(device)
             drawn = sample(denoiser, self._start(noise.to(device)), levels, SOLVERS[self.sampler.solver], on_step)
             images = self._decode(drawn, size)
-        if not bool(torch.isfinite(images).all()):
-            raise Flux2PixelError(f"{self.base.folder}: drew values that are NaN or infinite; its weights are damaged")
         return images
 
     def generate(
@@ -140,7 +138,8 @@ class Model(ABC):
             empty = {name: value[[-1] * len(chosen)] for name, value in table.items()}
             noise = self.noise([(seed, index) for index in chosen], size)
             shown = [picture.expand(len(chosen), -1, -1, -1) for picture in pictures]
-            images += [Image.fromarray(array) for array in to_bytes(self(text, empty, noise, size, shown))]
+            names = [f"{rows[index]!r}, seed {seed}, image {index}" for index in chosen]
+            images += [Image.fromarray(array) for array in to_bytes(self(text, empty, noise, size, shown), names)]
             if on_image is not None:
                 on_image(len(chosen))
         return images
@@ -297,8 +296,14 @@ def seeded_noise(keys: Sequence[tuple[int, int]], count: int, width: int) -> Ten
     return torch.from_numpy(np.stack(drawn))
 
 
-def to_bytes(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
+def to_bytes(images: Tensor, names: Sequence[str] = ()) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8. Raises Flux2PixelError, by ``names``, for a NaN or infinity."""
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        broken = names[finite.index(False)] if names else f"image {finite.index(False)} of the batch"
+        raise Flux2PixelError(
+            f"{broken}: the model drew values that are not finite; its weights or settings are broken"
+        )
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

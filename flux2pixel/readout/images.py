@@ -20,6 +20,7 @@ from flux2pixel.models.model import open_model
 from flux2pixel.models.sampler import Sampler
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.launch import threads
 from flux2pixel.runtime.processes import Team
 
 DIGEST = 16  # bytes kept of each image's SHA-256
@@ -67,7 +68,7 @@ def batches(recipe: Recipe, base: Base, sampler: Sampler, tally: Tally, team: Te
     rules = Rules(Buckets(side, base.patch_size))
     place = {"rank": team.rank, "world": team.world, "limit": settings.images}
     source = open_source(settings.source, FIRST_SCENE)
-    for batch in stream(source, rules, settings.batch, tally, **place, known=known, threads=recipe.threads):
+    for batch in stream(source, rules, settings.batch, tally, **place, known=known, threads=threads(recipe.threads)):
         captions = [caption or "" for caption in batch.captions]
         yield Images(batch.unit.to(team.device), captions, [short(d) for d in batch.digests], batch.latents)
 

@@ -19,7 +19,7 @@ from flux2pixel.models.folder import PixelFolder, equals_its_base, is_pixel_fold
 from flux2pixel.readout import report
 from flux2pixel.readout.gather import Observer, Saved, gather, last_level
 from flux2pixel.readout.images import batches
-from flux2pixel.readout.solve import PARTS, Fit, fit
+from flux2pixel.readout.solve import Fit, fit
 from flux2pixel.readout.sums import Sums, read_sums, write_sums
 from flux2pixel.readout.write import finished, leak, write_model, write_record
 from flux2pixel.recipe import Recipe, as_dict
@@ -57,7 +57,7 @@ def fit_readout(
     stored = check(recipe, source)
     files.check_new(target, STAGE)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with join(float64=True) as team:
+    with join(device=recipe.device, float64=True) as team:
         observer = observe(recipe, source, stored, team.device)
         window = recipe.readout.window
         if merge:
@@ -77,9 +77,8 @@ def fit_readout(
 
 def check(recipe: Recipe, source: Path) -> PixelFolder:
     """The converted folder's description. Raises UsageError where it, or a setting, does not go with a readout."""
-    unknown = [part for part in recipe.readout.parts if part not in PARTS]
-    if unknown:
-        raise UsageError(f"readout.parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    if not recipe.readout.window % 2:
+        raise UsageError(f"readout.window = {recipe.readout.window} must be odd: a token and as many on either side")
     if not is_pixel_folder(source):
         raise UsageError(f"{source}: not a converted model; run flux2pixel convert first, or name one with --model")
     stored = read_folder(source)

@@ -21,7 +21,6 @@ from torch import Tensor
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.readout.sums import BINS, Gram, Sums
 
-PARTS = ("head", "offset", "prior", "last")
 SMALLEST = 1e-6  # of the texture's largest variance; directions below it are left out
 
 

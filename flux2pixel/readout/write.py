@@ -57,7 +57,7 @@ def write_model(
             if t.spans[0].path.name == changed
         )
         notes = {"format": "pt", "made_by": "flux2pixel fit-readout", "base": stored.base}
-        digests[changed], _ = write_file(target / "transformer" / changed, outputs, notes)
+        digests[changed] = write_file(target / "transformer" / changed, outputs, notes).digest
     offset = found.offset.float() if bool(found.offset.any()) else None
     tensors = dict(stored.tensors) | readout.tensors() | ({} if offset is None else {"offset": offset})
     written = replace(stored, tensors=tensors, codec=replace(stored.codec, offset=offset))

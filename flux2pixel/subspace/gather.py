@@ -21,9 +21,10 @@ from torch import Tensor
 
 from flux2pixel.asymflow import color, tokens
 from flux2pixel.data import Batch, Buckets, Record, Rules, Source, Tally, open_source, stream
+from flux2pixel.data.sources import own_source
 from flux2pixel.models.base import Base
+from flux2pixel.models.digest import vae_digest
 from flux2pixel.recipe import Recipe
-from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.launch import threads
 from flux2pixel.runtime.processes import Team
@@ -56,7 +57,7 @@ def image_batches(
             return True
 
     # Pictures of their own sizes seldom share one, and would be held back waiting for company.
-    batch = settings.batch if settings.resolution or settings.source == "scenes" else 1
+    batch = settings.batch if settings.resolution or own_source(settings.source) else 1
     rules = Rules(Buckets(settings.resolution, base.patch_size))
     source, limit = open_images(settings.source), settings.images
     place = {"rank": team.rank, "world": team.world}
@@ -154,14 +155,6 @@ def fingerprint(base: Base, recipe: Recipe) -> str:
     settings = recipe.fit_subspace
     parts = [settings.source, settings.images, settings.resolution, base.patch_size, base.color_space, vae_digest(base)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def vae_digest(base: Base) -> str:
-    """SHA-256 over the VAE's weight files."""
-    weights = sorted((base.folder / "vae").glob("*.safetensors"))
-    if len(weights) == 1:
-        return files.digest(weights[0])
-    return hashlib.sha256("".join(files.digest(file) for file in weights).encode()).hexdigest()
 
 
 class Saved:

@@ -12,13 +12,14 @@ from torch import Generator, Tensor
 from flux2pixel.data import Tally
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
+from flux2pixel.models.digest import vae_digest
 from flux2pixel.recipe import Recipe, dumps
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace import diagnostics, jacobian, report, solvers
-from flux2pixel.subspace.gather import Saved, gather, image_batches, vae_digest
+from flux2pixel.subspace.gather import Saved, gather, image_batches
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.prior import decode_pixels, prior_latents, prior_pairs, prior_side
 from flux2pixel.subspace.settings import check

@@ -8,13 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from flux2pixel.asymflow.linalg import polar as polar
 from flux2pixel.subspace.moments import Moments
-
-
-def polar(matrix: Tensor) -> Tensor:
-    """The orthonormal polar factor U V^T of a tall matrix."""
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
 
 
 def scale_of(basis: Tensor, moments: Moments) -> Tensor:

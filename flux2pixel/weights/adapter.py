@@ -2,7 +2,7 @@
 
 Read: the released AsymFLUX.2-klein adapter (``proj_buffer``, ``scale_buffer``, whole projections and final modulation,
 LoRA of alpha = rank under the stock class's names), what a LoRA finetune leaves, and LoRA files in any naming that
-diffusers reads.
+diffusers reads for the family.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flux2pixel.asymflow.linalg import polar
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
-from flux2pixel.subspace.estimators import polar
+from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.checkpoint import Checkpoint, Stored, open_checkpoint
 from flux2pixel.weights.write import Output
 
 BASIS, SCALE = "proj_buffer", "scale_buffer"
 ROUNDED = 0.02  # off-orthonormality that storing a basis in bf16 may leave, generously
 PREFIXES = ("transformer.", "base_model.model.")
-OTHER_NAMING = re.compile(r"diffusion_model\.|lora_unet_|.*\.lora_down\.|(double|single)_blocks\.")
+OTHER_NAMING = re.compile(r"diffusion_model\.|lora_(unet|transformer)_|.*\.lora_down\.|(double|single)_blocks\.")
+HALF = re.compile(r".+[._]lora[._]?(A|B|down|up)(\.default)?(\.weight)?|.+\.alpha")
+LOADERS = {
+    "flux1": "FluxLoraLoaderMixin",
+    "flux2": "Flux2LoraLoaderMixin",
+    "flux3": "Flux3LoraLoaderMixin",
+    "sd3": "SD3LoraLoaderMixin",
+    "qwen-image": "QwenImageLoraLoaderMixin",
+    "z-image": "ZImageLoraLoaderMixin",
+}
+"""The class of diffusers that knows the namings of LoRA files of each family."""
 PAIR = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
 
@@ -49,8 +59,11 @@ class Adapter:
     flow: AsymFlow | None
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read an adapter file's headers. Raises UsageError or Flux2PixelError naming what is wrong with it."""
+def read_adapter(path: Path, family: str = "flux2") -> Adapter:
+    """Read an adapter file's headers; ``family`` says whose namings a LoRA file may have.
+
+    Raises UsageError or Flux2PixelError naming what is wrong with it.
+    """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: adapters are read from .safetensors files only")
     if not path.is_file():
@@ -58,7 +71,7 @@ def read_adapter(path: Path) -> Adapter:
     checkpoint = open_checkpoint(path)
     tensors = {_plain(name): stored for name, stored in checkpoint.tensors.items()}
     if any(OTHER_NAMING.match(name) for name in tensors):
-        return Adapter(path, {}, _through_diffusers(path), None)
+        return Adapter(path, {}, _through_diffusers(path, list(checkpoint.tensors), family), None)
     scale = _scale(checkpoint)
     halves: dict[str, dict[str, Stored]] = {}
     full = {}
@@ -159,23 +172,48 @@ def _flow(path: Path, basis: Stored, scale: Stored) -> AsymFlow:
         raise Flux2PixelError(f"{path}: {SCALE}: {error}") from error
 
 
-def _through_diffusers(path: Path) -> dict[str, LowRank]:
-    """LoRA pairs of a file in another naming (Kohya's, the original names), as diffusers translates it."""
-    from diffusers.loaders import Flux2LoraLoaderMixin
+def _through_diffusers(path: Path, names: Sequence[str], family: str) -> dict[str, LowRank]:
+    """LoRA pairs of a file in another naming (Kohya's, the original names), as diffusers translates it for the family.
 
+    diffusers drops what it has no place for; here a tensor that is no half of a pair, and a pair that its translation
+    lost, is refused.
+    """
+    import diffusers.loaders
+
+    odd = [name for name in names if not HALF.fullmatch(name)]
+    if odd:
+        raise Flux2PixelError(
+            f"{path}: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}: not a half of a LoRA pair (DoRA, LoKr, biases "
+            "and differences cannot be merged); export it as plain LoRA"
+        )
+    loader = getattr(diffusers.loaders, LOADERS[family])
     try:
-        state = Flux2LoraLoaderMixin.lora_state_dict(str(path), use_safetensors=True)
-    except (ValueError, KeyError) as error:
-        raise Flux2PixelError(f"{path}: not a LoRA that diffusers can read ({first_line(error)})") from error
+        # FLUX.1 alone gives alphas apart, where its translation has not multiplied them in.
+        options = {"return_alphas": True} if family == "flux1" else {}
+        state = loader.lora_state_dict(str(path), use_safetensors=True, **options)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Flux2PixelError(f"{path}: not a LoRA of {family} that diffusers can read ({reason})") from error
+    if isinstance(state, tuple):
+        state = state[0] | (state[1] or {})
     state = {_plain(name): tensor for name, tensor in state.items()}
     pairs = {}
-    for name, a in state.items():
+    for name, tensor in state.items():
         match = PAIR.fullmatch(name)
-        if match and match[2] == "A":
+        if match and match[2] == "A" and f"{match[1]}.lora_B.weight" in state:
             b = state[f"{match[1]}.lora_B.weight"]
-            alpha = state.get(f"{match[1]}.alpha", torch.tensor(float(a.shape[0])))
-            read_a, read_b = partial(_same, a), partial(_same, b)
-            pairs[f"{match[1]}.weight"] = LowRank(read_a, read_b, (b.shape[0], a.shape[1]), float(alpha) / a.shape[0])
+            alpha = state.get(f"{match[1]}.alpha", torch.tensor(float(tensor.shape[0])))
+            read_a, read_b = partial(_same, tensor), partial(_same, b)
+            scale = float(alpha) / tensor.shape[0]
+            pairs[f"{match[1]}.weight"] = LowRank(read_a, read_b, (b.shape[0], tensor.shape[1]), scale)
+        elif not match and not name.endswith(".alpha"):
+            raise Flux2PixelError(f"{path}: {name}: not a half of a LoRA pair, so it cannot be merged")
+    given = sum(1 for name in names if re.search(r"[._]lora[._]?(A|down)\b", name))
+    if len(pairs) < given:
+        raise Flux2PixelError(
+            f"{path}: diffusers understands {len(pairs)} of its {given} LoRA pairs as {family}'s; "
+            "is it for another model? an adapter that is applied in part is applied wrongly"
+        )
     return pairs
 
 

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.evaluate.suite import Prompt
 from flux2pixel.runtime.errors import UsageError
 
+TEXTS_SHA256 = (
+    "07e28c32fc79d71af5087b566a6c6bbffe279c875e44edbb6df93c7e398fc6ae"  # `texts_digest` of the 1065 .txt files
+)
 GIT_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"
 COLUMNS = (
     "item_id",
@@ -88,8 +91,6 @@ def read_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def grid(prompt: Prompt, path: Path, resolution: int) -> list[Sample]:
-    """The samples of a 2 x 2 grid PNG: crop k at column k mod 2, row k div 2, each ``resolution`` square."""
-    corners = [(k % 2 * resolution, k // 2 * resolution) for k in range(prompt.samples)]
-    boxes = [(x, y, x + resolution, y + resolution) for x, y in corners]
-    return [Sample(prompt, index, path, box) for index, box in enumerate(boxes)]
+def texts_digest(texts: Mapping[str, str]) -> str:
+    """SHA-256 of prompts to generate from, by item."""
+    return hashlib.sha256(json.dumps(sorted(texts.items())).encode()).hexdigest()

@@ -11,13 +11,13 @@ import torch
 
 from flux2pixel.evaluate import results
 from flux2pixel.evaluate.assets.fetch import ALEXNET_FILE, CLIP_FILE, INCEPTION_FILE
-from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.fidelity import networks, reference
 from flux2pixel.evaluate.fidelity.true_images import TrueImages, TrueSet
-from flux2pixel.evaluate.memo import Memo
-from flux2pixel.evaluate.run_suite import Outcome
+from flux2pixel.evaluate.results import Outcome
+from flux2pixel.evaluate.store import Digests, Memo
 from flux2pixel.evaluate.suite import Rgb, Sample
-from flux2pixel.evaluate.suites import MINIATURE, assets_folder
+from flux2pixel.evaluate.suites import assets_folder
+from flux2pixel.families import registry
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
@@ -35,6 +35,8 @@ def compare_with_renders(
 
     References pose the prompts in the suite's proportions, so that content does not count as infidelity.
     """
+    if registry.plugin(recipe.base) is None:
+        return
     posed = [dict(prompt.data) for prompt in outcomes[0].suite.asked]
     count = recipe.eval.fidelity_images
     what = {"renders": [row["prompt"] for row in posed], "count": count, "version": results.versions()["flux2pixel"]}
@@ -122,7 +124,7 @@ def compare_with_images(
 
 def _base(recipe: Recipe, outcomes: Sequence[Outcome]) -> Base | None:
     """The recipe's base, unless it would have to be got for images made elsewhere, or is of no known family."""
-    here = recipe.base == MINIATURE or Path(recipe.base).is_dir()
+    here = registry.plugin(recipe.base) is not None or Path(recipe.base).is_dir()
     if not here and all(outcome.candidate.open is None for outcome in outcomes):
         log(f"fidelity: {recipe.base} is not at hand: no ceiling of its VAE, blockiness on a grid of {GRID} pixels")
         return None

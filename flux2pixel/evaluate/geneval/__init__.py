@@ -4,7 +4,7 @@ Protocol: djghosh13/geneval at af4902f. `judge` is the pure logic; `GenEval` sco
 """
 
 from flux2pixel.evaluate.geneval.promptset import CLASSES, TAGS, metadata, prompts
-from flux2pixel.evaluate.geneval.scorer import Detector, GenEval, Seen
+from flux2pixel.evaluate.geneval.scorer import Detector, GenEval, Seen, summarise
 from flux2pixel.evaluate.geneval.verdict import COLORS, Verdict, iou, judge, keep, relations
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "metadata",
     "prompts",
     "relations",
+    "summarise",
 ]

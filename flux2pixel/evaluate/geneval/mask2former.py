@@ -116,9 +116,9 @@ class SeenByMask2Former:
             self.detections.setdefault(CLASSES[label], []).append((*box, score))
             self._masks.setdefault((CLASSES[label], tuple(box)), mask)  # the best of those that share a box
 
-    def color(self, class_name: str, box: Box) -> str:
-        """Name the colour of one of the detections."""
-        return self._colors(self._image, class_name, [(box, self._masks[class_name, tuple(box)])])[0]
+    def colors(self, class_name: str, boxes: Sequence[Box]) -> list[str]:
+        """Name the colours of some of the detections, in one batch."""
+        return self._colors(self._image, class_name, [(box, self._masks[class_name, tuple(box)]) for box in boxes])
 
 
 class Mask2Former:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from flux2pixel.evaluate import figures
+from flux2pixel.evaluate import statistics
 from flux2pixel.evaluate.geneval import promptset
 from flux2pixel.evaluate.geneval.verdict import Box, Detection, floor_of, judge_kept, keep
 from flux2pixel.evaluate.suite import Prompt, Record, Rgb, Sample, read_ahead, read_rgb
@@ -20,8 +20,8 @@ class Seen(Protocol):
     def detections(self) -> Mapping[str, Sequence[Detection]]:
         """Class name -> ``(x1, y1, x2, y2, score)`` before any threshold."""
 
-    def color(self, class_name: str, box: Box) -> str:
-        """Name the colour of the object of this class in this box."""
+    def colors(self, class_name: str, boxes: Sequence[Box]) -> Sequence[str]:
+        """Name the colours of the objects of this class in these boxes, which are ``detections``' own."""
 
 
 class Detector(Protocol):
@@ -39,7 +39,7 @@ class Detector(Protocol):
 
 
 class GenEval:
-    """The suite over ``prompts`` (`geneval.prompts`) with a detector; a `Scorer`.
+    """The suite over ``prompts`` (`geneval.prompts`) with a detector; a `Judge`.
 
     ``batch`` images are detected at once; it changes no verdict beyond float rounding. A record's score is 1 or 0.
     """
@@ -52,32 +52,10 @@ class GenEval:
         self._detector, self._batch = detector, batch
 
     def score(self, samples: Iterable[Sample]) -> Iterator[Record]:
-        """Yield a record for each sample, in order; see `Scorer`."""
+        """Yield a record for each sample, in order; see `Judge`."""
         for group, images in read_ahead(samples, read_rgb, self._batch):
             for sample, seen in zip(group, self._detector.look(images), strict=True):
                 yield judged(sample.prompt, sample.index, seen)
-
-    def summary(self, records: Iterable[Record]) -> dict[str, Any]:
-        """Sum up as the official script does: shares of right images by tag, overall as the mean of the tags.
-
-        Also the share of right images and of prompts with a right image among those scored; see `Scorer`.
-        """
-        grouped = figures.by_prompt(self.prompts, records)
-        lost = figures.missing(self.prompts, grouped)
-        rows = list(grouped.values())
-        images = sum(map(len, rows))
-        summary: dict[str, Any] = {
-            "groups": figures.groups(self.prompts, grouped),
-            "prompts": len(rows),
-            "images": images,
-            "missing": lost,
-        }
-        if images:
-            summary["correct_images"] = sum(r.score for row in rows for r in row) / images
-            summary["correct_prompts"] = sum(any(r.score for r in row) for row in rows) / len(rows)
-        if not lost and {p.group for p in self.prompts} == set(promptset.TAGS):
-            summary["overall"] = figures.mean_of_groups(self.prompts, grouped)
-        return summary
 
     def provenance(self) -> dict[str, Any]:
         """Say what decides the scores; ``prompts_official`` is true for the 553 of the protocol at 4 images each."""
@@ -95,10 +73,41 @@ class GenEval:
         }
 
 
+def summarise(prompts: Sequence[Prompt], records: Iterable[Record]) -> dict[str, Any]:
+    """Sum up as the official script does: shares of right images by tag, overall as the mean of the tags.
+
+    Also the share of right images and of prompts with a right image among those scored; see `suites.Suite`.
+    """
+    grouped = statistics.by_prompt(prompts, records)
+    lost = statistics.missing(prompts, grouped)
+    rows = list(grouped.values())
+    images = sum(map(len, rows))
+    summary: dict[str, Any] = {
+        "groups": statistics.groups(prompts, grouped),
+        "prompts": len(rows),
+        "images": images,
+        "missing": lost,
+    }
+    if images:
+        summary["correct_images"] = sum(r.score for row in rows for r in row) / images
+        summary["correct_prompts"] = sum(any(r.score for r in row) for row in rows) / len(rows)
+    if not lost and {p.group for p in prompts} == set(promptset.TAGS):
+        summary["overall"] = statistics.mean_of_groups(prompts, grouped)
+    return summary
+
+
 def judged(prompt: Prompt, index: int, seen: Seen) -> Record:
     """Judge what was seen in one image at the official settings; keeps the boxes that passed the threshold."""
     floor = floor_of(prompt.data)
     kept = {name: rows for name, found in seen.detections.items() if (rows := keep(found, floor))}
-    verdict = judge_kept(prompt.data, kept, seen.color)
+    # The protocol asks for the colours of the best ``count`` of a class, and of none where they are fewer.
+    named: dict[tuple[str, Box], str] = {}
+    for clause in prompt.data.get("include", ()):
+        best = kept.get(clause["class"], [])[: clause["count"]]
+        if "color" in clause and len(best) == clause["count"]:
+            asked: list[Box] = [(d[0], d[1], d[2], d[3]) for d in best]
+            colors = seen.colors(clause["class"], asked)
+            named |= {(clause["class"], box): color for box, color in zip(asked, colors, strict=True)}
+    verdict = judge_kept(prompt.data, kept, lambda name, box: named[name, box])
     boxes = {name: [list(d) for d in rows] for name, rows in kept.items()}
     return Record(prompt.id, index, prompt.group, float(verdict.correct), verdict.reason, {"boxes": boxes})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flux2pixel.evaluate.suite import Prompt
+from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 
 CATEGORIES = (
@@ -31,14 +32,14 @@ BASE = 1024
 
 
 def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """The official ``(width, height)`` of an entry: 1024 x 1024 pixels at its aspect ratio, multiples of 64.
+    """The official ``(height, width)`` of an entry: 1024 x 1024 pixels at its aspect ratio, multiples of 64.
 
     The ratio is ``aspect_ratio`` where there is a real image (which the official script opens first, if it can), and
     ``width`` over ``height`` where there is none.
     """
     ratio = entry["aspect_ratio"] if entry.get("image_file") else entry["width"] / entry["height"]
     root = math.sqrt(ratio)
-    return int(BASE * root // 64 * 64), int(BASE / root // 64 * 64)
+    return int(BASE / root // 64 * 64), int(BASE * root // 64 * 64)
 
 
 def script_text(entry: Mapping[str, Any]) -> str:
@@ -69,6 +70,15 @@ def read(folder: Path) -> list[Prompt]:
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise UsageError(f"{path}: an entry lacks what HPDv3's have ({type(error).__name__}: {error})") from error
     return found
+
+
+def unchanged(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether the files in ``folder`` are those that were fetched: ``digests`` are SHA-256 by name (``digests.json``).
+
+    HPDv3 publishes no digests of its own, so the first fetch pins them.
+    """
+    names = [f"benchmark_{category}.json" for category in CATEGORIES]
+    return all(digests.get(f"hpdv3/{name}") == files.digest(folder / name) for name in names)
 
 
 def _prompt(category: str, number: int, entry: Mapping[str, Any]) -> Prompt:

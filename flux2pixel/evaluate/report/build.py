@@ -16,11 +16,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
-from flux2pixel.evaluate.digests import Digests
 from flux2pixel.evaluate.report import tables as tables
 from flux2pixel.evaluate.report.page import data_uri, facts, finite, line_chart, number, option, text
 from flux2pixel.evaluate.report.sheets import SIDE, Sheet, sheets, side_for, thumbnail
 from flux2pixel.evaluate.report.tables import Report, get, model_names, score_of, short_name
+from flux2pixel.evaluate.store import Digests
 from flux2pixel.evaluate.suite import Sample
 
 STRIP = 12  # prompts in the row of pictures at the top

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux2pixel.evaluate.digests import Digests
+from flux2pixel.evaluate.store import Digests
 from flux2pixel.evaluate.suite import Sample
 from flux2pixel.runtime import files
 

@@ -16,6 +16,7 @@ from typing import Any
 from flux2pixel.data import Buckets, open_source
 from flux2pixel.data.cache import MANIFEST, Size, read_manifest
 from flux2pixel.data.encode import FIRST_SCENE, cache_folder
+from flux2pixel.data.sources import own_source
 from flux2pixel.families.configs import read_config
 from flux2pixel.families.known import KNOWN
 from flux2pixel.finetune.network import parallel
@@ -216,7 +217,7 @@ def _sizes(recipe: Recipe, run: Path, patch: int) -> list[Size]:
     folder = cache_folder(recipe, run)
     if (folder / MANIFEST).is_file():
         return [_size(text) for text in read_manifest(folder)["buckets"]]
-    if recipe.data.source == "scenes":
+    if own_source(recipe.data.source):
         return [(recipe.data.resolution, recipe.data.resolution)]
     return list(Buckets(recipe.data.resolution, patch).sizes)
 

@@ -157,5 +157,6 @@ def draw(batch: Batch, seed: int, shift: float) -> tuple[Tensor, Tensor]:
     device = batch.rgb.device
     generator = seeded(device, seed, NOISE, batch.number)
     count, (h, w) = len(batch.rgb), batch.grid
-    sigma = schedule.draw(count, shift, generator)
+    side = batch.patch_size * (h * w) ** 0.5
+    sigma = schedule.draw(count, shift * side / 1024, generator)
     return sigma, torch.randn(count, h * w, 3 * batch.patch_size**2, generator=generator, device=device)

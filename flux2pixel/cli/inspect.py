@@ -1,22 +1,25 @@
-"""Say what a safetensors file or a model folder is, from its header alone, and what this machine is.
+"""``inspect``: what a safetensors file or a model folder is, from its header alone.
 
 The header is read by hand: no tensor is loaded, and a broken file gets a sentence, not a stack trace.
 """
 
 import json
-import os
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flux2pixel.recipe import Recipe
+import typer
+
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.header import read_header
 
 _SHOWN = 40  # tensors listed one by one
-_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "typer")
+_BINARY = 200  # characters without a space, from which a text is data and not for reading
+
+
+def inspect_command(file: Annotated[Path, typer.Argument(help="A safetensors file or a model folder.")]) -> None:
+    """Say what a file or a model folder is."""
+    typer.echo(inspect(file))
 
 
 def inspect(file: Path) -> str:
@@ -86,62 +89,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _table(title: str, content: Mapping[str, Any]) -> list[str]:
-    """Return a titled block of ``key: value`` lines, long values (digests, recipes) cut."""
+    """Return a titled block of ``key: value`` lines, long values (recipes) cut and packed data only counted."""
     lines = [title] if content else []
     for key, value in content.items():
         text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+        if isinstance(value, str) and len(text) > _BINARY and " " not in text:  # such as the basis of a pipeline
+            text = f"({len(text):,} characters of data)"
         lines.append(f"  {key}: {text if len(text) <= 160 else text[:157] + '...'}")
     return lines
 
 
 def _amounts(parameters: int, size: int) -> str:
     return f"{parameters:,} parameters, {size / 1e6:.2f} MB"
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of ``package``, or ``None``; the package is not imported."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def doctor(recipe: Recipe, run: Path) -> tuple[str, list[str]]:
-    """Return a printable account of this machine, and the reasons, if any, why ``recipe`` cannot run on it."""
-    problems = []
-    lines = ["versions", f"  python  {platform.python_version()} ({platform.system()} {platform.machine()})"]
-    for name in _PACKAGES:
-        found = version(name)
-        lines.append(f"  {name}  {found or 'missing'}")
-        if found is None:
-            problems.append(f"{name} is not installed (pip install {name})")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines += ["machine", f"  CPUs  {cpus}", f"  memory  {_memory()}", *(f"  {line}" for line in _devices())]
-    if recipe.threads > cpus:
-        lines.append(f"  note: the recipe asks for {recipe.threads} threads on {cpus} CPUs; --set threads={cpus}")
-    source = recipe.fit_subspace.source
-    elsewhere = source in ("scenes", "photographs") or source.startswith("hf:") or source.endswith(".tar")
-    if not elsewhere and not Path(source).exists():
-        problems.append(f"fit_subspace.source: no such images: {source}")
-    ancestor = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
-        problems.append(f"{run}: cannot be written; choose another --run")
-    lines += ["recipe", f"  base  {recipe.base}", f"  run  {run}"]
-    lines += [f"  problem: {problem}" for problem in problems] or ["  can run here"]
-    return "\n".join(lines), problems
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    except (AttributeError, ValueError, OSError):
-        return "unknown"
-
-
-def _devices() -> list[str]:
-    try:
-        import torch
-    except ImportError:
-        return ["devices  unknown: torch cannot be imported"]
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return [f"cuda:{index}  {name}" for index, name in enumerate(names)] or ["CUDA  none; the CPU is used"]
