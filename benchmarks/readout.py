@@ -233,11 +233,14 @@ def main() -> None:
     seconds = args.run / "readout-seconds.json"
     report: dict[str, Any] = {"images": args.images, "seeds": args.seeds}
     report["fit_seconds"] = json.loads(seconds.read_text()) if seconds.exists() else float("nan")
-    for seed in args.seeds:
-        drawn = Drawn(args.run / "converted", args.run, seed)
-        columns["latent base"].append(column(drawn.images))
+    first = Drawn(args.run / "converted", args.run, args.seeds[0])
+    rounds = [(seed, True) for seed in args.seeds] + [(args.seeds[0], False)]  # the ladder of all seeds comes first
+    for seed, ladder in rounds:
+        drawn = first if seed == args.seeds[0] else Drawn(args.run / "converted", args.run, seed)
+        if ladder:
+            columns["latent base"].append(column(drawn.images))
         for name, (found, guidance) in variants(sums, drawn.flow, more).items():
-            if seed != args.seeds[0] and name not in LADDER:
+            if (name in LADDER) is not ladder:
                 continue
             images = drawn.readout(found, guidance)
             if name == "all four":
