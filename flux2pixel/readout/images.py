@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,8 +78,6 @@ def _drawn(recipe: Recipe, base: Base, sampler: Sampler, team: Team, done: set[s
     settings, prompts = recipe.readout, read_prompts(recipe.readout.prompts)
     model = open_model(base.folder, device=team.device)
     if not settings.prompts:
-        from dataclasses import replace
-
         model = replace(model, sampler=replace(model.sampler, guidance=1.0))
     size = (sampler.height, sampler.width)
     name = f"{base.folder.name} {model.sampler} {settings.prompts} {recipe.seed}"

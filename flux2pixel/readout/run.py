@@ -13,12 +13,12 @@ import torch
 from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.readout import Readout
-from flux2pixel.data import Tally
+from flux2pixel.data import Tally, open_source
 from flux2pixel.models.base import open_base
 from flux2pixel.models.folder import PixelFolder, equals_its_base, is_pixel_folder, read_folder
 from flux2pixel.readout import report
 from flux2pixel.readout.gather import Observer, Saved, gather, last_level
-from flux2pixel.readout.images import batches
+from flux2pixel.readout.images import FIRST_SCENE, batches, read_prompts
 from flux2pixel.readout.solve import Fit, fit
 from flux2pixel.readout.sums import Sums, read_sums, write_sums
 from flux2pixel.readout.write import finished, leak, write_model, write_record
@@ -69,7 +69,12 @@ def fit_readout(
         if team.leads:
             for line in tally.lines() if tally.seen else ():
                 log(line)
-            _finish(recipe, observer, sums, source, target, with_images=not merge)
+            try:
+                enough(sums, recipe)
+                _finish(recipe, observer, sums, source, target, with_images=not merge)
+            except UsageError:  # no later fit with other settings could use these sums
+                Saved(target, "", team).remove()
+                raise
             Saved(target, "", team).remove()
         team.barrier()
     return target
@@ -79,6 +84,9 @@ def check(recipe: Recipe, source: Path) -> PixelFolder:
     """The converted folder's description. Raises UsageError where it, or a setting, does not go with a readout."""
     if not recipe.readout.window % 2:
         raise UsageError(f"readout.window = {recipe.readout.window} must be odd: a token and as many on either side")
+    read_prompts(recipe.readout.prompts)
+    if recipe.readout.source:
+        open_source(recipe.readout.source, FIRST_SCENE)
     if not is_pixel_folder(source):
         raise UsageError(f"{source}: not a converted model; run flux2pixel convert first, or name one with --model")
     stored = read_folder(source)
@@ -146,7 +154,6 @@ def enough(sums: Sums, recipe: Recipe) -> None:
 
 def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target: Path, with_images: bool) -> None:
     settings, stored = recipe.readout, observer.folder
-    enough(sums, recipe)
     found = fit(sums, stored.flow, settings.parts, settings.levels, settings.ridge)
     readout = tensors_of(found, sums, stored)
     network = observer.pixel.transformer
