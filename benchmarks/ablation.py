@@ -40,12 +40,12 @@ from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.loss import flow_matching
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import groups
 from flux2pixel.finetune.step.objective import Objective, Parts
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
+from flux2pixel.runtime.processes import Team
 from flux2pixel.runtime.progress import bar, log
 from flux2pixel.subspace.run import fit_subspace
 

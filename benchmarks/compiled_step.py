@@ -22,10 +22,11 @@ import torch
 from finetune_step import LORA, interleaved, networks, random_batch
 
 from flux2pixel import recipe as recipes
-from flux2pixel.finetune.network.parallel import Team, compile_blocks
+from flux2pixel.finetune.network.parallel import compile_blocks
 from flux2pixel.finetune.network.trainable import prepare
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
 from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.runtime.processes import Team
 
 OUT = Path(__file__).with_suffix(".json")
 

@@ -28,9 +28,9 @@ from flux2pixel.data.cache import INDEX, MANIFEST, Cache, Key, caption_digest
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.models import base as bases
 from flux2pixel.runtime import files
+from flux2pixel.runtime.processes import Team
 from flux2pixel.subspace.run import fit_subspace
 
 

@@ -18,6 +18,7 @@ from flux2pixel.asymflow.linalg import polar
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import exactness, fold
 from flux2pixel.convert.plan import latent_config, pixel_config
+from flux2pixel.families.known import KNOWN
 from flux2pixel.models.base import Base, published
 
 STEPS, GRID = 8, (3, 4)

@@ -28,10 +28,11 @@ from finetune_step import networks, random_batch
 
 from flux2pixel import recipe as recipes
 from flux2pixel.finetune.network import checkpoint, parallel
-from flux2pixel.finetune.network.parallel import Team, local
+from flux2pixel.finetune.network.parallel import local
 from flux2pixel.finetune.network.trainable import prepare
 from flux2pixel.finetune.step.objective import LatentReference, Objective
 from flux2pixel.finetune.step.trainer import Trainer
+from flux2pixel.runtime.processes import Team
 
 OUT = Path(__file__).with_suffix(".json")
 IMAGES = 32

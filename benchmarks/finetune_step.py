@@ -36,7 +36,6 @@ from flux2pixel import recipe as recipes
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
 from flux2pixel.data.cache import Batch
-from flux2pixel.finetune.network.parallel import Team
 from flux2pixel.finetune.network.trainable import prepare
 from flux2pixel.finetune.step.objective import (
     LatentReference,
@@ -50,6 +49,7 @@ from flux2pixel.finetune.step.objective import (
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
+from flux2pixel.runtime.processes import Team
 from flux2pixel.subspace.estimators import polar
 
 CLOCK = [time.process_time]
@@ -109,7 +109,7 @@ def step_against_bound(wide: bool, lora: bool, count: int, repeats: int) -> dict
     objective = Objective(recipe.finetune, base, flow, frozen)
     trainer = Trainer(recipe, pixel, groups, objective, Team(0, 1, torch.device("cpu")))
     batch = random_batch(count)
-    sigma, eps = draw(batch, 0, 1.0)
+    sigma, eps = draw(batch, 0, 32.0)
     x = torch.lerp(batch.pixels(), eps, sigma.view(-1, 1, 1))
     z = x if lora else torch.randn(count, 16, 16)
 
@@ -136,7 +136,7 @@ def references(wide: bool, count: int, repeats: int) -> dict[str, dict[str, floa
     """Seconds of d_L by each way, and its largest error against the definition in float32."""
     base, latent, pixel, flow = networks(wide)
     batch = random_batch(count)
-    sigma, eps = draw(batch, 0, 1.0)
+    sigma, eps = draw(batch, 0, 32.0)
     lora = recipes.load(None, LORA).finetune
     frozen, adapted = networks(wide)[1:3]
     cast_linears(frozen)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from flux2pixel import recipe as recipes
-from flux2pixel.evaluate.fidelity.measures import measure
+from flux2pixel.evaluate.fidelity.measures import measure, summarise
 from flux2pixel.evaluate.geneval import judge
 from flux2pixel.families.base import take
 from flux2pixel.miniature import detector, world
@@ -62,7 +62,7 @@ def score(folder: Path, run: Path, posed: list[dict], truth: np.ndarray, setting
                 metadata, detector.detect(image), lambda _, box, image=image: detector.classify_color(image, box)
             )
             right.setdefault(metadata["tag"], []).append(verdict.correct)
-    found = measure(np.concatenate(images), truth)
+    found = measure(*(summarise(some, latent.patch_size) for some in (np.concatenate(images), truth)))
     overall = np.mean([np.mean(row) for row in right.values()])
     figures = f"{found['patch_frechet']:8.4f} {found['texture_frechet']:8.4f} {found['colour_std_error']:8.4f}"
     return f"{overall:8.3f} {figures}"

@@ -97,8 +97,8 @@ def test_what_is_left_out_is_on_record(made):
     assert [name for name, _ in manifest["images"]["broken"]] == ["broken.png", "silent.png"]
     assert [name for name, _ in manifest["images"]["dropped"]] == ["tiny.png"]
     assert manifest["items"] == 30 and manifest["repeated"] == 1 and sum(manifest["buckets"].values()) == 30
-    # Each caption is stored once: two shared ones, ten of their own, the empty one.
-    assert len(Shards(made.folder / "text").rows) == 13
+    # Each caption is stored once: two shared ones, ten of their own, the empty one, and the three sample prompts.
+    assert len(Shards(made.folder / "text").rows) == 13 + 3
 
 
 def test_two_processes_make_the_same_cache(made, photos, base, tmp_path):
@@ -137,7 +137,7 @@ def test_more_broken_pictures_than_allowed_in_all_processes_together(photos, bas
 
 KILLED = """
 import sys
-from flux2pixel.finetune import encode
+from flux2pixel.data import encode
 encode.SHARD_ROWS = 8
 from flux2pixel.cli import main
 main()
@@ -268,7 +268,6 @@ def test_embeddings_too_large_for_the_dtype_are_refused(photos, base, tmp_path, 
 
 def test_texts_of_unequal_length_are_stored_and_padded(photos, base, tmp_path, monkeypatch):
     """Families with a mask pad each call to its own longest prompt."""
-    monkeypatch.setattr(encode, "TEXT_BATCH", 3)
 
     def text(prompts):
         length = max(map(len, prompts)) + 1
@@ -276,13 +275,57 @@ def test_texts_of_unequal_length_are_stored_and_padded(photos, base, tmp_path, m
         return {"text": mask[..., None] * torch.ones(5), "mask": mask}
 
     monkeypatch.setattr(base, "text", text)
-    cache = encode.make(recipe_of(photos), tmp_path, base)
+    cache = encode.make(recipe_of(photos, "data.text_tokens=36"), tmp_path, base)  # three prompts of 12 tokens
     for bucket, count in enumerate(cache.counts):
         batch = cache.load(bucket, range(count))
         lengths = [len((photos / name).with_suffix(".txt").read_text()) + 1 for name in batch.names]
         assert batch.conditioning["mask"].dtype == torch.bool
         assert batch.conditioning["mask"].sum(1).tolist() == lengths
         assert batch.conditioning["text"][..., 0].sum(1).tolist() == lengths
+
+
+def test_sample_prompts_are_captions_of_the_cache_and_embedded_once(photos, base, tmp_path, monkeypatch):
+    seen = []
+    text = base.text
+    monkeypatch.setattr(base, "text", lambda prompts: (seen.extend(prompts), text(prompts))[1])
+    recipe = recipe_of(photos, 'finetune.prompts=["a photo of a red circle"]')
+    cache = encode.ensure(recipe, tmp_path, base)
+    assert seen.count("a photo of a red circle") == 1
+    assert torch.allclose(cache.text(["two squares", ""])["text"][1], cache.empty()["text"][0])
+    seen.clear()
+    assert encode.ensure(recipe, tmp_path, base).digest == cache.digest and not seen, "nothing is embedded again"
+    more = recipe_of(photos, 'finetune.prompts=["a photo of a red circle", "two green squares"]')
+    again = encode.ensure(more, tmp_path, base)
+    assert seen == ["two green squares"] and again.digest == cache.digest
+    expected = text(["two green squares"])["text"]
+    assert torch.allclose(again.text(["two green squares"])["text"].float(), expected, atol=4e-3, rtol=1e-3)
+
+
+def test_captions_are_embedded_by_a_budget_of_tokens(photos, base, tmp_path, monkeypatch):
+    counts = []
+    text = base.text
+    monkeypatch.setattr(base, "text", lambda prompts: (counts.append(len(prompts)), text(prompts))[1])
+    encode.make(recipe_of(photos, "data.text_tokens=60"), tmp_path, base)  # 12 tokens a caption
+    assert counts == [5, 5, 5, 1]
+
+
+def test_the_key_holds_what_the_encoders_ran_in_and_old_caches_are_read(made, photos, base, monkeypatch):
+    recipe, run = recipe_of(photos), made.folder.parent
+    assert made.manifest["key"]["text_length"] == 12 and made.manifest["key"]["encoders"] == "float32"
+    with pytest.raises(UsageError, match="was made with encoders 'float32', but now it is 'bfloat16'"):
+        encode.ensure(recipe, run, bases.open_base("klein-tiny", torch.bfloat16))
+    before = {k: v for k, v in made.manifest["key"].items() if k not in ("text_length", "encoders")}
+    encode.key_of(recipe, base).check(before, run)
+
+
+def test_excluded_images_are_not_encoded_and_come_back_when_wanted(photos, base, tmp_path):
+    recipe = recipe_of(photos, 'data.exclude=["00.png", "nothing.png"]')
+    cache = encode.make(recipe, tmp_path, base)
+    assert len(cache) == 29 and cache.manifest["excluded"] == ["00.png"]
+    with pytest.raises(UsageError, match=r"no image is called 'nothing\.png'"):
+        Cache(cache.folder, exclude=recipe.data.exclude)
+    assert len(Cache(cache.folder, exclude=["00.png", "03.png"])) == 28
+    assert len(encode.ensure(recipe_of(photos), tmp_path, base)) == 30
 
 
 def test_an_epoch_shows_every_image_once_up_to_filling():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from flux2pixel.finetune.network.trainable import lora_modules, merged, prepare,
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, draw
 from flux2pixel.finetune.step.perceptual import load_lpips, perceptual
-from flux2pixel.finetune.validation import hold_out
+from flux2pixel.finetune.watch import speed
+from flux2pixel.finetune.watch.validation import hold_out
 from flux2pixel.models import base as bases
 from flux2pixel.recipe import dumps, load
 from flux2pixel.runtime import files
@@ -176,6 +179,12 @@ def test_patterns_that_match_nothing_are_refused(base, targets, said):
         lora_modules(base.transformer, base, targets)
 
 
+def square(height, width=None):
+    """A batch of one patch size that is 256 pixels, so that a picture of real size has few tokens."""
+    grid = (height // 256, (width or height) // 256)
+    return replace(batch_of(grid=grid, patch=256), number=7)
+
+
 def test_draws_depend_on_the_place_in_the_data_alone():
     batch = batch_of()
     sigma, eps = draw(batch, seed=3, shift=1.0)
@@ -185,6 +194,10 @@ def test_draws_depend_on_the_place_in_the_data_alone():
     assert not torch.equal(sigma, draw(batch, seed=4, shift=1.0)[0])
     high = draw(batch, seed=3, shift=17.0)[0]
     assert torch.allclose(high, 17 * sigma / (1 + 16 * sigma))
+    # The shift is that of 1024 x 1024 pixels: half of it at half the side, and for a bucket of as many pixels the same.
+    plain = draw(square(1024), seed=3, shift=1.0)[0]
+    for sides, factor in (((512, 512), 8.5), ((2048, 2048), 34.0), ((2048, 512), 17.0)):
+        assert torch.allclose(draw(square(*sides), seed=3, shift=17.0)[0], factor * plain / (1 + (factor - 1) * plain))
 
 
 def test_perceptual_term_by_hand(flow):
@@ -293,10 +306,63 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_files(pre
 
     monkeypatch.setattr(stage.Loader, "load", spoiled)
     with pytest.raises(Flux2PixelError, match=r"not finite at step 2 .* images: scene") as caught:
-        stage.finetune(small(), folder)
+        stage.finetune(small("finetune.skip_limit=0"), folder)
     assert str(caught.value).count("scene") == 4, "the micro-batch's files, not the other one's"
     assert checkpoint.newest(folder / "checkpoints").name == "step-00000002"
     assert not (folder / "finetuned").exists()
+
+
+STAND_IN = """
+import json
+from pathlib import Path
+LOG = Path(__file__).with_suffix(".jsonl")
+def note(**what):
+    with LOG.open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def Image(path):
+    return str(path)
+class Session:
+    def log(self, values, step):
+        note(step=step, **values)
+def init(**options):
+    note(**{name: options[name] for name in ("id", "name", "resume") if name in options})
+    return Session()
+"""
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_resumed_training_goes_on_in_its_trackers_run_and_shows_samples(prepared_run, tmp_path, monkeypatch, tracker):
+    (tmp_path / f"{tracker}.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, tracker, raising=False)
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    recipe = small("finetune.keep_final=true", f'finetune.trackers=["{tracker}"]')
+    stage.finetune(recipe, folder)
+    stage.finetune(small("finetune.steps=5", f'finetune.trackers=["{tracker}"]'), folder)
+    lines = [json.loads(line) for line in (tmp_path / f"{tracker}.jsonl").read_text().splitlines()]
+    first, second = (line for line in lines if "resume" in line)
+    assert first == second and first["resume"] == "allow" and first.get("id", first["name"]).startswith("run-")
+    shown = [line["step"] for line in lines if "samples" in line]
+    assert shown == [0, 4, 5] and {"loss", "lr", "grad_norm", "images_per_second"} <= lines[4].keys() | lines[3].keys()
+
+
+def test_operations_of_a_step_by_hand(monkeypatch):
+    """A Linear layer of 6 weights, 6 image and 4 text tokens, 3 images; LoRA: forward, backward, the reference."""
+    network, settings = torch.nn.Linear(3, 2), load(None, LORA).finetune
+    assert speed.operations(network, settings, batch_of()) == 2 * 6 * (6 + 4) * 3 * 3
+    assert speed.forwards(load(None).finetune) == 4 and speed.peak(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA H100 80GB HBM3")
+    assert speed.peak(torch.device("cuda")) == 9.89e14
+
+
+def test_steps_are_profiled_if_asked_and_rated_where_the_peak_is_known(prepared_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(prepared_run, tmp_path / "run")
+    monkeypatch.setattr(speed, "peak", lambda place: 1e12)
+    stage.finetune(small("finetune.profile=1"), folder)
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    lines = [json.loads(line) for line in (folder / "finetune.jsonl").read_text().splitlines()]
+    assert all(0 < line["mfu"] < 1 for line in lines if "loss" in line)
+    assert any("aten::mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_validation_images_are_never_trained_on(prepared_run):

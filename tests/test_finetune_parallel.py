@@ -18,7 +18,7 @@ from flux2pixel.finetune.network import checkpoint
 from flux2pixel.finetune.network.trainable import split
 from flux2pixel.runtime.processes import Team
 
-STEPS = ["finetune.steps=20", "finetune.validate_every=20", "finetune.save_every=50"]
+STEPS = ["finetune.steps=20", "finetune.validate_every=20", "finetune.save_every=50", 'data.exclude=["scene 2000003"]']
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -27,7 +27,8 @@ def test_two_ranks_give_what_one_process_gives(prepared_run, tmp_path):
     torch.set_num_threads(1)
     stage.finetune(small(*STEPS), one)
     words = ["finetune", "--run", two, "--gpus", "2", *flags([*SMALL, *STEPS])]
-    python("-m", "flux2pixel", *words)
+    said = python("-m", "flux2pixel", *words).stderr
+    assert said.count("data.exclude: 1 of 48 images are left out") == 1, "what is prepared is prepared once"
     for kind in ("transformer", "transformer_raw"):
         alone, shared = weights(one / "finetuned", kind), weights(two / "finetuned", kind)
         start = weights(prepared_run / "converted")

@@ -23,7 +23,6 @@ from flux2pixel.weights.subspace import read_subspace
 REPORT = [
     "subspace.json",
     "subspace.basis.png",
-    "subspace.figures.png",
     "subspace.html",
     "subspace.moments.safetensors",
 ]
@@ -93,7 +92,23 @@ def test_every_method_writes_basis_and_report(base, photos, tmp_path, settings):
         and len(figures["spectrum"]) == read_subspace(path)[0].basis.shape[0]
     )
     page = (tmp_path / "subspace.html").read_text()
-    assert figures["verdict"].replace("'", "&#x27;") in page and "http" not in page
+    assert figures["verdict"].replace("'", "&#39;") in page and "http" not in page
+
+
+def test_a_good_residual_on_one_red_picture_is_no_good_basis(tmp_path):
+    """One picture, a hundred of one kind, and a handful: none proves a basis, however well they are reconstructed."""
+    for name, count in (("one", 1), ("many", 20)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (64, 64), (220, 20, 20)).save(tmp_path / name / f"{index}.png")
+    for name, said in (("one", "1 image is too few"), ("many", "the images span")):
+        fit_subspace(recipe("klein-tiny", tmp_path / name), tmp_path / "run")
+        figures = json.loads((tmp_path / "run" / "subspace.json").read_text())
+        assert figures["alignment_residual"] < 0.4
+        assert "subspace: not proven: " in figures["verdict"] and said in figures["verdict"], figures["verdict"]
+        assert "good" not in figures["verdict"] and "not proven" in (tmp_path / "run" / "subspace.html").read_text()
+    fit_subspace(recipe("klein-tiny", "scenes", "images=200"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "subspace.json").read_text())["verdict"].startswith("subspace: good. ")
 
 
 def test_scikit_learns_photographs(tmp_path):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.cli import app
+from flux2pixel.data.plan import plan_cache
 from flux2pixel.families.configs import stock_config
 from flux2pixel.finetune.network import trainable
 from flux2pixel.finetune.plan import footprint
@@ -54,12 +55,17 @@ def measured_peak(recipe, count: int, checkpointing: bool, size=(32, 32)) -> int
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             objective(network, batch, sigma, eps).loss.backward()
         network.zero_grad()
+    return most_of(recorded) + inputs
+
+
+def most_of(recorded) -> int:
+    """Most bytes at one time of what a profiler recorded."""
     current, most = 0, 0
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             current += event.nbytes()
             most = max(most, current)
-    return most + inputs
+    return most
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
@@ -77,7 +83,22 @@ def test_the_planned_memory_of_a_step_is_what_it_takes(changes, checkpointing):
     assert planned == pytest.approx(taken, rel=0.2), (planned, taken)
 
 
-@pytest.mark.parametrize("changes", [[], ["finetune.trainable=lora", "finetune.lora_rank=8"]], ids=["full", "lora"])
+def stored(moment):
+    """Bytes of an optimizer's moment: torchao's are three tensors."""
+    if not hasattr(moment, "codes"):
+        return moment.nbytes
+    return sum(t.nbytes for t in (moment.codes, moment.scale, moment.qmap))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["finetune.trainable=lora", "finetune.lora_rank=8"],
+        ["finetune.trainable=lora", "finetune.lora_rank=8", "finetune.optimizer=adamw-8bit"],
+    ],
+    ids=["full", "lora", "lora, 8 bits"],
+)
 def test_what_stays_between_steps_is_planned_to_the_byte(changes, tmp_path):
     recipe = load(None, [*changes, "finetune.precision=bf16"])
     base = bases.open_base("klein-tiny")
@@ -89,13 +110,15 @@ def test_what_stays_between_steps_is_planned_to_the_byte(changes, tmp_path):
     trained = [p for p in network.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step
     optimizer.step()
+    torch.compiler.set_stance("default")
     states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
     kept = plan(recipe, tmp_path).memory.kept
     assert kept["weights, trained"] == sum(p.nbytes for p in trained)
     assert kept["weights, frozen"] == sum(p.nbytes for p in network.parameters() if not p.requires_grad)
     assert kept["gradients"] == sum(p.grad.nbytes for p in trained)
-    assert kept["optimizer (adamw)"] == sum(t.nbytes for t in states)
+    assert kept[f"optimizer ({recipe.finetune.optimizer})"] == sum(map(stored, states))
     assert kept["weight average"] == sum(t.nbytes for t in PowerEma(network).values.values())
 
 
@@ -114,7 +137,14 @@ def test_every_recipe_is_planned_and_says_so(path, plans):
     planned = plans[path.stem]
     assert planned.recipe == load(path)
     lines = "\n".join(planned.lines())
-    for words in ("parameters", "memory of a process", "disk", "training", f"{planned.recipe.finetune.steps:,} steps"):
+    for words in (
+        "parameters",
+        "memory of a process",
+        "host memory",
+        "disk",
+        "training",
+        f"{planned.recipe.finetune.steps:,} steps",
+    ):
         assert words in lines
     header = path.read_text().split("\n\n")[0]
     for what in ("hardware", "memory", "time", "images"):
@@ -124,6 +154,24 @@ def test_every_recipe_is_planned_and_says_so(path, plans):
     assert stated == pytest.approx(peak, rel=0.03, abs=0.01)
     room = re.search(r"# hardware: .*?(\d+) GB", header)
     assert room is None or peak < 0.9 * int(room[1]) * 1e9 / GIB
+
+
+def test_the_planned_memory_of_a_cache_is_what_it_takes(tmp_path):
+    """Weights to the byte; what a batch adds within 10 % of what the allocator hands out."""
+    recipe = load(None, ["data.batch=8", "data.text_tokens=96", "data.resolution=64"])
+    pictures, captions = plan_cache(recipe, bases.open_base("klein-tiny"))
+    base = bases.open_base("klein-tiny")
+    prompts = [f"a photo, number {number} of 8" for number in range(8)]
+    works = (lambda: base.encode(torch.rand(8, 3, 64, 64)), lambda: base.text(prompts))
+    for planned, part, work in zip((pictures, captions), ("vae", "text_encoder"), works, strict=True):
+        weights = getattr(base, part)
+        assert planned.weights == sum(t.nbytes for t in (*weights.parameters(), *weights.buffers()))
+        work()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            work()
+        assert planned.added == pytest.approx(most_of(recorded), rel=0.1), part
+    result = CliRunner().invoke(app, ["cache", "--plan", "--run", str(tmp_path / "run")])
+    assert result.exit_code == 0 and "host memory" in result.stdout and not (tmp_path / "run").exists()
 
 
 def test_counts_of_klein_9b_are_the_meta_devices(plans):

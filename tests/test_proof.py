@@ -16,7 +16,7 @@ from flux2pixel.convert import compare, fold, plan, proof
 from flux2pixel.convert.prepare import Extras
 from flux2pixel.convert.run import convert
 from flux2pixel.convert.verify import verify
-from flux2pixel.families import open_base
+from flux2pixel.models.base import open_base
 from flux2pixel.recipe import Convert, load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.memory import available_memory

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2pixel.evaluate.report.build import Gallery, write_report
-from flux2pixel.evaluate.report.page import data_uri
+from flux2pixel.evaluate.report import tables
+from flux2pixel.evaluate.report.build import Gallery, for_readers, write_report
 from flux2pixel.evaluate.suite import Prompt, Sample
+from flux2pixel.runtime.errors import Flux2PixelError
+from flux2pixel.runtime.page import data_uri
 
 MODELS = ("base", "converted", "finetuned")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -166,7 +168,7 @@ def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
     report |= {"base": evil, "settings": {evil: evil}, "claims": [{"claim": evil, "holds": True, "figures": evil}]}
     page = page_of(report, gallery, tmp_path)
     assert page.count("<script>") == 1
-    assert "<script>alert" not in page and "&lt;script&gt;alert(&quot;1&quot;)" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(&#34;1&#34;)" in page
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_debris(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Flux2PixelError, match="No space"):
         write_report({}, None, tmp_path / "report.html")
     assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text("utf-8") == before
@@ -228,3 +230,62 @@ def test_grids_are_cut_and_large_images_made_small(tmp_path: Path) -> None:
     prompt = Prompt("a", "a", "a", 4)
     shot = thumbnail(Sample(prompt, 2, tmp_path / "grid.png", (0, 256, 256, 512)), SIDE)
     assert shot.size == (SIDE, SIDE) and shot.getpixel((5, 5)) == (255, 0, 0)
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, tables.Row]:
+    return {row.label: row for row in tables.summary(report)}
+
+
+def test_only_what_leads_by_more_than_its_interval_is_bold(tmp_path: Path) -> None:
+    report, _ = demonstration(tmp_path, 2)
+    overall = "GenEval, overall"
+    assert not any(cell.best for row in rows_of(report).values() for cell in row.cells), "every interval overlaps"
+    report["paired"]["finetuned-base"]["geneval"]["low"] = 0.001
+    assert not any(cell.best for cell in rows_of(report)[overall].cells), "not shown against the converted model"
+    report["models"]["converted"]["geneval"]["overall"] = {"score": 0.6, "low": 0.55, "high": 0.65}
+    report["models"]["finetuned"]["geneval"]["overall"]["low"] = 0.7
+    assert [cell.best for cell in rows_of(report)[overall].cells] == [False, False, True]
+    assert page_of(report, None, tmp_path).count('<td class="best">') == 1
+    report["paired"] = {"converted-base": {"geneval": {"difference": -0.1, "low": -0.2, "high": -0.01}},
+                        "finetuned-base": {"geneval": {"difference": -0.1, "low": -0.2, "high": -0.01}}}  # fmt: skip
+    report["models"]["base"]["geneval"]["overall"]["score"] = 0.9
+    assert [cell.best for cell in rows_of(report)[overall].cells] == [True, False, False]
+
+
+def test_every_row_says_what_is_better_and_what_it_means(tmp_path: Path) -> None:
+    report, _ = demonstration(tmp_path, 2)
+    page = page_of(report, None, tmp_path)
+    rows = [row for row in tables.summary(report) if row.kind in ("overall", "measure")]
+    assert len(rows) == len(MEASURES) + 3
+    for row in rows:
+        assert row.better and row.meaning and row.number
+        assert f'id="meaning-{row.number}"' in page and f'href="#meaning-{row.number}"' in page
+        assert f'title="{row.meaning}"' in page
+    assert {key: tables.MEASURES[key][1] for key in ("texture_frechet", "spectrum_high", "grain", "recall")} == {
+        "texture_frechet": "↓", "spectrum_high": "→ 0", "grain": "→ true", "recall": "↑"
+    }  # fmt: skip
+    assert "needs JavaScript" in page_of(*demonstration(tmp_path, 2), tmp_path)
+
+
+def test_any_base_is_headed_by_the_method(tmp_path: Path) -> None:
+    report, gallery = demonstration(tmp_path, 2)
+    page = page_of(report | {"base": "flux2-klein-9b"}, gallery, tmp_path)
+    assert "<h1>AsymFlow: flux2-klein-9b, from latents to pixels</h1>" in page and "miniature" not in page
+
+
+def test_no_path_of_the_authors_machine_is_shown(tmp_path: Path) -> None:
+    report, gallery = demonstration(tmp_path, 2)
+    home = Path("/home/somebody/models/klein-9b")
+    report["base"] = str(home)
+    report["models"]["base"]["path"] = str(home)
+    report["models"]["finetuned"]["path"] = str(tmp_path / "finetuned")
+    report["fidelity_reference"] = {"source": "/data/photos", "absent": [f"LPIPS: no {home}/alexnet.pth; `x` gets it"]}
+    report["settings"] = {"data": {"source": "hf:owner/name"}, "eval": {"assets": "~/secret/assets", "judge": "a/b"}}
+    found = for_readers(report, tmp_path)
+    assert found["models"]["finetuned"]["path"] == "finetuned" and found["base"] == "klein-9b"
+    assert found["fidelity_reference"] == {"source": "photos", "absent": ["LPIPS: no alexnet.pth; `x` gets it"]}
+    assert found["settings"] == {"data": {"source": "hf:owner/name"}, "eval": {"assets": "assets", "judge": "a/b"}}
+    assert found["prompts"] == report["prompts"] and found["exactness"] == report["exactness"]
+    page = page_of(report, gallery, tmp_path)
+    for secret in ("/home", "somebody", "/data/", "secret", str(tmp_path)):
+        assert secret not in page, secret

@@ -6,6 +6,7 @@ import select
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ PROBE = """(async () => {
     shots: last.querySelectorAll(".shot .picture").length,
     states: new Set(Array.from(last.querySelectorAll(".shot")).map((shot) => shot.className)).size,
     reasons: Array.from(last.querySelectorAll(".shot.wrong span")).map((span) => span.textContent),
-    link: last.querySelector("a.shot").getAttribute("href"),
+    link: last.querySelector(".shot").dataset.file,
     wide: document.documentElement.scrollWidth > window.innerWidth,
   };
   return JSON.stringify(Object.assign(seen, {
@@ -116,24 +117,51 @@ class Browser:
         os.close(self._read)
 
 
-def probe(page: Path, folder: Path) -> dict[str, Any]:
-    """Open a page in headless Chromium and return what the probe saw; an exception or a logged line fails."""
-    browser = Browser(folder / "profile")
-    try:
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+class Page:
+    """A page open in headless Chromium; an exception or a logged line fails at the end."""
+
+    def __init__(self, page: Path, profile: Path):
+        self.browser = Browser(profile)
+        target = self.browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Runtime", "Log", "Page"):
-            browser.call(f"{domain}.enable", session)
-        browser.call("Page.navigate", session, url=page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in browser.events):
-            browser.events.append(browser._receive())
-        answer = browser.call("Runtime.evaluate", session, expression=PROBE, awaitPromise=True, returnByValue=True)
-        logged = [event for event in browser.events if event.get("method") in LOGGED]
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=page.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.browser.events):
+            self.browser.events.append(self.browser._receive())
+
+    def __enter__(self) -> "Page":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.browser.close()
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.browser.call(method, self.session, **parameters)
+
+    def ask(self, expression: str) -> Any:
+        """The JSON value of an expression; a promise is awaited."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        logged = [event for event in self.browser.events if event.get("method") in LOGGED]
         assert "exceptionDetails" not in answer and not logged, (answer, logged)
-        seen: dict[str, Any] = json.loads(answer["result"]["value"])
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        codes = {"Escape": 27, "Tab": 9, "ArrowRight": 39, "Enter": 13}
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+
+    def resize(self, width: int, height: int = 900) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700
+        )
+
+
+def probe(page: Path, folder: Path) -> dict[str, Any]:
+    """Open a page and return what the probe saw."""
+    with Page(page, folder / "profile") as opened:
+        seen: dict[str, Any] = json.loads(opened.ask(PROBE))
         return seen
-    finally:
-        browser.close()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
@@ -159,6 +187,122 @@ def test_2212_images_a_model_are_not_decoded_at_once(tmp_path: Path) -> None:
     assert 0 <= seen["top"] < 60 and 0 < seen["later"] < 60, "only cards near the view are decoded"
     assert seen["sheet"] == [4 * 128, 3 * 128] and seen["shots"] == 12
     assert (tmp_path / "report.html").stat().st_size < 40e6
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    """A demonstration's page, its first card filled."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    report, gallery = demonstration(tmp_path)
+    write_report(report, gallery, tmp_path / "report.html")
+    with Page(tmp_path / "report.html", tmp_path / "profile") as opened:
+        yield opened
+
+
+FILLED = """(async () => {
+  const card = document.querySelector("#grid > *");
+  card.scrollIntoView();
+  for (let left = 200; left > 0 && !card.dataset.sheet; left -= 1) await new Promise((done) => setTimeout(done, 50));
+  return card.dataset.sheet !== undefined;
+})()"""
+
+
+def test_a_row_is_one_tab_stop_and_a_picture_opens_and_closes_by_keyboard(page: Page) -> None:
+    assert page.ask(FILLED)
+    stops = (
+        "Array.from(document.querySelectorAll('{}'), (r) => r.querySelectorAll('.shot:not([tabindex=\"-1\"])').length)"
+    )
+    assert page.ask(stops.format(".strip .row:not(.captions)")) == [1] * 3
+    assert page.ask(stops.format("#grid > :first-child .row")) == [1] * 3
+    page.ask("document.querySelector('#grid .shot').focus()")
+    label = "document.activeElement.getAttribute('aria-label')"
+    assert page.ask(label).startswith("a photo of three green discs, number 0, image 1, ")
+    page.press("ArrowRight")
+    assert page.ask(label).startswith("a photo of three green discs, number 0, image 2, ")
+    assert page.ask(stops.format("#grid > :first-child .row")) == [1] * 3
+    page.press("Tab")
+    assert page.ask(label).startswith("a photo of three green discs, number 0, image 1, "), "the next model's row"
+    page.ask("document.activeElement.click()")
+    opened = """(async () => {
+      const image = () => document.querySelector("#viewer img");
+      for (let left = 100; left > 0 && !image()?.naturalWidth; left -= 1) await new Promise((f) => setTimeout(f, 50));
+      return [document.getElementById("viewer").open, image().naturalWidth, image().alt];
+    })()"""
+    assert page.ask(opened) == [True, 32, "a photo of three green discs, number 0"]
+    page.press("Escape")
+    assert page.ask("[document.getElementById('viewer').open, document.activeElement.className.split(' ')[0]]") == [
+        False, "shot"
+    ]  # fmt: skip
+    page.ask("document.querySelector('.strip .shot').click()")
+    assert page.ask(opened) == [True, 32, "a photo of three green discs, number 0"]
+
+
+def test_a_phone_sees_the_first_column_and_that_there_is_more(page: Page) -> None:
+    page.resize(420)
+    seen = page.ask("""(() => {
+      const wide = document.querySelector("#scores .wide"), first = wide.querySelector("tbody tr.measure th");
+      wide.scrollLeft = 300;
+      return {
+        page: document.documentElement.scrollWidth <= window.innerWidth, scrolled: wide.scrollLeft,
+        stays: Math.abs(first.getBoundingClientRect().left - wide.getBoundingClientRect().left) < 2,
+        hint: getComputedStyle(document.querySelector("#scores .hint")).display,
+        filters: getComputedStyle(document.querySelector(".filters")).position,
+      };
+    })()""")
+    assert seen == {"page": True, "scrolled": 300, "stays": True, "hint": "block", "filters": "static"}
+    page.resize(1400)
+    assert page.ask("getComputedStyle(document.querySelector('#scores .hint')).display") == "none"
+
+
+# Every visible text against the nearest background that is painted behind it (WCAG 2.2, 1.4.3).
+CONTRAST = """(() => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
+    const linear = (c) => (c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+    const [r, g, b] = parts(color).slice(0, 3).map((c) => linear(c / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor;
+      if ((parts(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const poor = [];
+  for (const node of document.querySelectorAll("body *:not(script):not(style):not(noscript)")) {
+    const words = Array.from(node.childNodes).filter((one) => one.nodeType === 3 && one.textContent.trim());
+    if (!words.length || !node.getClientRects().length) continue;
+    const style = getComputedStyle(node), svg = node instanceof SVGElement;
+    const [a, b] = [light(svg ? style.fill : style.color), light(behind(node))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) poor.push([node.tagName, node.getAttribute("class"), words[0].textContent.trim(), ratio]);
+  }
+  return poor;
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_the_contrast_of_aa(page: Page, scheme: str) -> None:
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert page.ask(FILLED)
+    assert page.ask("matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
+    assert page.ask(CONTRAST) == []
+
+
+def test_on_paper_no_cell_runs_into_the_next(page: Page) -> None:
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.resize(720)
+    seen = page.ask("""(() => {
+      const cells = Array.from(document.querySelectorAll("td, th"));
+      return {
+        over: cells.filter((cell) => cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent.trim()),
+        wide: document.documentElement.scrollWidth > window.innerWidth,
+        hidden: ["nav", ".filters", ".hint"].map((name) => document.querySelector(name).getClientRects().length),
+      };
+    })()""")
+    assert seen == {"over": [], "wide": False, "hidden": [0, 0, 0]}
 
 
 def _winners(report: dict) -> list[int]:  # type: ignore[type-arg]

@@ -14,7 +14,6 @@ from flux2pixel.cli import app
 from flux2pixel.evaluate import open_scorers
 from flux2pixel.evaluate.dpg_bench.questions import COLUMNS
 from flux2pixel.evaluate.hpsv3 import CATEGORIES, Hpsv3
-from flux2pixel.evaluate.report.comparable import comparable
 from flux2pixel.models.base import resolve
 from flux2pixel.recipe import load
 from flux2pixel.subspace.run import fit_subspace
@@ -138,19 +137,3 @@ def test_absent_weights_say_what_to_fetch(tmp_path: Path) -> None:
     for suite in ("dpg-bench", "hpsv3"):
         said = run_eval(tmp_path / suite, "--base", str(resolve("klein-tiny")), "--suite", suite, code=2)
         assert f"--suite {suite} --fetch" in said.stderr and len(said.stderr.splitlines()) == 1
-
-
-def test_what_is_comparable() -> None:
-    protocol = {"judge": "official", "prompts_official": True, "prompts_rewritten": False}
-    whole = {"m": {"geneval": {"protocol": protocol, "missing": []}}}
-    assert comparable(whole)["geneval"]["comparable"] and comparable(whole)["geneval"]["published"]
-    for change, said in [
-        ({"judge": "miniature"}, "not by the official scorer"),
-        ({"prompts_official": False}, "other prompts"),
-        ({"prompts_rewritten": True}, "raises scores"),
-        ({"prompts_rewritten": "unknown"}, "made elsewhere"),
-    ]:
-        found = comparable({"m": {"geneval": {"protocol": protocol | change, "missing": []}}})["geneval"]
-        assert not found["comparable"] and not found["published"] and said in found["reasons"][0]
-    partial = comparable({"m": {"geneval": {"protocol": protocol, "missing": [["00000", 1]]}}})["geneval"]
-    assert partial["reasons"] == ["m: partial, 1 images are missing"]

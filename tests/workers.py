@@ -1,32 +1,28 @@
 """Processes that the tests of training start: ``python tests/workers.py NAME ARGUMENTS`` (under torchrun for some)."""
 
+import json
 import os
 import signal
 import sys
-import time
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from finetuning import LORA, small
 from torch.distributed.tensor import DTensor
 
-from flux2pixel.cli import main
 from flux2pixel.data import encode
 from flux2pixel.data.cache import Cache
-from flux2pixel.evaluate import run as evaluation
 from flux2pixel.finetune import run as stage
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network import checkpoint, parallel
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.trainer import Trainer
-from flux2pixel.recipe import load
-from flux2pixel.runtime import processes
-from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.recipe import Recipe
+from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.launch import exit_process
-from flux2pixel.runtime.processes import join
-from flux2pixel.subspace import run as fit
+from flux2pixel.runtime.processes import Team, join
 
 
 def kills(run: Path) -> None:
@@ -101,6 +97,7 @@ def two_ranks(run: Path) -> None:
         trained = {n: parallel.whole(p.detach()) for n, p in trainer.network.named_parameters() if p.requires_grad}
         if team.leads:
             torch.save(trained, run / "trained.pt")
+        trainer.settings = replace(trainer.settings, skip_limit=0)
         batches = loader.load(3)
         if team.rank == 1:
             batches[0].latents[0] = float("nan")
@@ -118,42 +115,77 @@ def two_ranks(run: Path) -> None:
         print(f"rank {team.rank} of {team.world} done")
 
 
-def slow_leader(run: Path) -> None:
-    """A fit whose first process prepares and estimates for longer than a collective may take."""
-    processes.STEP = timedelta(seconds=4)
-    estimate = fit.estimate
+# Every cell is a recipe; four processes are two copies of two shards, two are one copy.
+BF16, ACCUMULATE, RECOMPUTE = "finetune.precision=bf16", "finetune.micro_batch=1", "finetune.checkpointing=true"
+EIGHT = "finetune.optimizer=adamw-8bit"
+ADAPTED = (*LORA, "finetune.lora_dropout=0.1")
+CELLS = {
+    2: {
+        "full, float32": (),
+        "full, bf16, recomputed": (BF16, RECOMPUTE),
+        "full, float32, accumulated, 8 bits": (ACCUMULATE, EIGHT),
+        "LoRA, float32, recomputed": (*ADAPTED, RECOMPUTE),
+        "LoRA, bf16, accumulated": (*ADAPTED, BF16, ACCUMULATE),
+        "LoRA, bf16, recomputed, accumulated, 8 bits": (*ADAPTED, BF16, RECOMPUTE, ACCUMULATE, EIGHT),
+    },
+    4: {
+        "full, bf16, accumulated": (BF16, ACCUMULATE),
+        "LoRA, float32, accumulated": (*ADAPTED, ACCUMULATE),
+        "LoRA, bf16, recomputed, 8 bits": (*ADAPTED, BF16, RECOMPUTE, EIGHT),
+    },
+}
+BEFORE, AFTER = 2, 1  # steps before and after the checkpoint
 
-    def slow(*about):
-        time.sleep(8)
-        return estimate(*about)
 
-    fit.estimate = slow
-    with join(lambda: time.sleep(8)) as team:
-        values, words = team.sum([team.rank + 1, 1]), team.gather("ab"[team.rank])
-        print(f"joined {values} {words} from {team.broadcast(team.rank)}\n", end="", flush=True)
-    fit.fit_subspace(load(None, ["fit_subspace.images=8", "fit_subspace.batch=4", "threads=2"]), run)
+def matrix(run: Path) -> None:
+    """Each cell sharded and in one process, from the same weights; then from its checkpoint on. Rank 0 writes a line a
+    cell: the losses of both, how far the weights are apart, and whether the resumed training is the same to the bit."""
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step, which takes longer than all of this
+    world = int(os.environ["WORLD_SIZE"])
+    with join() as team:
+        team = parallel.meshed(team, world // 2)
+        for name, options in CELLS[world].items():
+            fewer = [f"finetune.replicas={world // 2}", "finetune.micro_batch=2", *options]
+            _cell(run, name, small(*fewer), team)
 
 
-def one_fails(run: Path, rank: int, how: str) -> None:
-    """``flux2pixel eval`` in which one process fails at work while the other is in a barrier or a collective."""
+def _cell(run: Path, name: str, recipe: Recipe, team: Team) -> None:
+    alone = Team(0, 1, team.device)
+    sharded, losses = _stepped(run, recipe, team, None)
+    assert all(isinstance(p, DTensor) for p in sharded.network.parameters())
+    mine = {n: parallel.whole(p.detach()) for n, p in sharded.network.named_parameters() if p.requires_grad}
+    resumed, again = _stepped(run, recipe, team, run / name)
+    theirs = {n: parallel.whole(p.detach()) for n, p in resumed.network.named_parameters() if p.requires_grad}
+    same = again == losses[BEFORE:] and all(torch.equal(theirs[n], mine[n]) for n in mine)
+    if team.leads:
+        whole, expected = _stepped(run, recipe, alone, None)
+        parts = {n: p.detach() for n, p in whole.network.named_parameters() if p.requires_grad}
+        distance, size = (
+            sum(float(t.square().sum()) for t in ts) for ts in ([mine[n] - parts[n] for n in mine], parts.values())
+        )
+        found = {"cell": name, "losses": losses, "expected": expected, "weights": (distance / size) ** 0.5}
+        with (run / "matrix.jsonl").open("a") as file:
+            file.write(json.dumps(found | {"resumed": same}) + "\n")
+    team.barrier()
 
-    def work(recipe, run, models, out, images, team):
-        if team.rank == rank:
-            time.sleep(3)
-            raise RuntimeError("torn shard") if how == "raise" else UsageError("wrong")
-        if rank:
-            team.sum([1.0])
-        team.barrier()
 
-    evaluation._evaluate = work
-    sys.argv = ["flux2pixel", "eval", "--run", str(run)]
-    main()
+def _stepped(run: Path, recipe: Recipe, team: Team, saved: Path | None) -> tuple[Trainer, list[float]]:
+    """A trainer after its steps, and their losses; all steps, with a checkpoint between, or only those after it."""
+    source, cache = stage.open_source(run / "converted", recipe), Cache(encode.cache_folder(recipe, run))
+    trainer = stage.build(recipe, source, team)
+    folder, losses = run / f"checkpoints-{recipe.finetune.trainable}", []
+    if saved is not None:
+        checkpoint.load(trainer.state, checkpoint.newest(folder), team)
+    order, steps = Order(cache.counts, 2 if recipe.finetune.micro_batch == 2 else 1, recipe.seed), BEFORE + AFTER
+    loader = Loader(cache, order, 8, range(trainer.state.step, steps), rank=team.rank, world=team.world)
+    for batches in loader:
+        losses.append(trainer.advance(batches).loss)
+        if trainer.state.step == BEFORE and team.mesh is not None:
+            checkpoint.save(trainer.state, folder, recipe, team, {"model": "", "data": ""})
+    return trainer, losses
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    name, *words = sys.argv[1:]
-    if name == "one_fails":
-        one_fails(Path(words[0]), int(words[1]), words[2])
-    {"kills": kills, "two_ranks": two_ranks, "slow_leader": slow_leader}[name](Path(words[0]))
+    {"kills": kills, "two_ranks": two_ranks, "matrix": matrix}[sys.argv[1]](Path(sys.argv[2]))
     exit_process(0)

@@ -19,12 +19,19 @@ def cache_command(
     count: Annotated[int | None, typer.Option("--count", help="How many of them; 0 = all.")] = None,
     source: Annotated[str | None, typer.Option("--source", hidden=True, help="Older name of --images.")] = None,
     gpus: Gpus = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the memory that it takes, then stop.")] = False,
 ) -> None:
     """Encode the training images and captions once: pixels, latents and text embeddings. Goes on after a kill."""
     check_gpus(gpus)
     if images is not None and images.isdigit():  # what --images meant before it meant the same everywhere
         count, images = int(images) if count is None else count, None
     job = with_training_images(resolve(flags, data__source=images or source, finetune__images=count))
+    if plan:
+        from flux2pixel.data.encode import open_encoders
+        from flux2pixel.data.plan import lines, plan_cache
+
+        typer.echo("\n".join(lines(job.recipe, plan_cache(job.recipe, open_encoders(job.recipe)), gpus)))
+        return
     folder = job.run / job.recipe.data.cache
     takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]
     if not job.planned(takes, [folder]):

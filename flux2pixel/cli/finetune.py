@@ -1,5 +1,6 @@
 """``finetune``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 from flux2pixel.cli.options import CONVERTED, FINETUNED, Flags, Gpus, Images, Out, TrainSteps
 from flux2pixel.cli.stage import Job, check_model, check_run, resolve, with_training_images
 from flux2pixel.runtime import launch
+
+PREPARED = "FLUX2PIXEL_PREPARED"  # tells the processes that --gpus starts that their parent has prepared the run
 
 
 def finetune_command(
@@ -45,9 +48,13 @@ def train(job: Job, model: Path | None = None, out: Path | None = None, gpus: in
 
         launch.check_gpus(gpus)
         prepare(job.recipe, job.run, model, gpus)
-        raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
+        os.environ[PREPARED] = "1"
+        try:
+            raise typer.Exit(launch.relaunch("finetune", gpus, saves=True))
+        finally:
+            del os.environ[PREPARED]
     from flux2pixel.finetune.run import finetune
 
     words = ["eval", *(["--model", str(out)] if out else [])]
     with job.stage("finetune", [out or job.run / FINETUNED], then=job.command(*words)):
-        finetune(job.recipe, job.run, model, out)
+        finetune(job.recipe, job.run, model, out, prepared=os.environ.get(PREPARED) == "1")

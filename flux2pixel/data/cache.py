@@ -3,7 +3,8 @@
     cache.json             the key (what everything was made with), the request (which images), counts and losses
     index.jsonl            one item a line: content digest, caption, name; the order of the items
     images/*.safetensors   per bucket ``HxW.rgb`` (M, 3, H, W) uint8 and ``HxW.latents`` (M, N, r); digests as metadata
-    text/*.safetensors     every tensor of a Conditioning, (K, ...), of one length; captions' digests as metadata
+    text/*.safetensors     every tensor of a Conditioning, (K, ...), of one length; captions' digests as metadata; the
+                           empty caption and the sample prompts are among them
 
 The index is sorted by content, so it depends neither on the number of processes that made the cache nor on any kill.
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,16 @@ from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
 Size = tuple[int, int]
 MANIFEST, INDEX = "cache.json", "index.jsonl"
+NOTED_LATER = ("text_length", "encoders")
 OPEN_SHARDS = 256  # kept mapped at a time; every one holds a file descriptor
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a cache's tensors depend on, besides each image's content and caption. Equal keys, equal tensors."""
+    """What a cache's tensors depend on, besides each image's content and caption. Equal keys, equal tensors.
+
+    ``text_length``: most tokens of a caption; ``encoders``: the dtype that the text encoders computed in.
+    """
 
     format: int
     vae: str
@@ -46,11 +51,16 @@ class Key:
     max_cut: float
     enlarge: bool
     dtype: str
+    text_length: int = 0
+    encoders: str = ""
 
     def check(self, stored: dict[str, Any], where: Path) -> None:
-        """Raise UsageError naming the first field in which the cache at ``where`` differs from this key."""
+        """Raise UsageError naming the first field in which the cache at ``where`` differs from this key.
+
+        A cache that was made before a field was noted is taken at its word.
+        """
         for name, wanted in asdict(self).items():
-            if stored.get(name) != wanted:
+            if stored.get(name, wanted if name in NOTED_LATER else None) != wanted:
                 raise UsageError(
                     f"{where}: was made with {name} {stored.get(name)!r}, but now it is {wanted!r}; "
                     "name another data.cache, or delete this one"
@@ -150,12 +160,13 @@ class Shards:
 class Cache:
     """A finished cache, opened for reading. Buckets run from the most filled to the least.
 
-    ``buckets`` are (height, width) in pixels, ``counts`` the images in each; an image is (bucket, index). Raises
-    UsageError if ``folder`` holds no finished cache, or one of another ``key`` (None: any); Flux2PixelError if it is
-    damaged.
+    ``buckets`` are (height, width) in pixels, ``counts`` the images in each; an image is (bucket, index). Images whose
+    name or content digest is in ``exclude`` are left out; ``excluded`` counts them. Raises UsageError if ``folder``
+    holds no finished cache, or one of another ``key`` (None: any), or if nothing of that name was ever in it;
+    Flux2PixelError if it is damaged.
     """
 
-    def __init__(self, folder: Path, key: Key | None = None):
+    def __init__(self, folder: Path, key: Key | None = None, exclude: Collection[str] = ()):
         self.folder, self.manifest = folder, read_manifest(folder)
         if key is not None:
             key.check(self.manifest["key"], folder)
@@ -166,8 +177,13 @@ class Cache:
         index = (folder / INDEX).read_bytes()
         if hashlib.sha256(index).hexdigest() != self.digest:
             raise Flux2PixelError(f"{folder}: {INDEX} is not the one that {MANIFEST} names; run flux2pixel cache again")
+        unknown, self.excluded = set(exclude) - set(self.manifest.get("excluded", ())), 0
         for line in index.decode().splitlines():
             item = json.loads(line)
+            if named := {item["name"], item["digest"]}.intersection(exclude):
+                unknown -= named
+                self.excluded += 1
+                continue
             try:
                 shard, group, row = self._images.rows[item["digest"]]
                 text_shard, _, text_row = self._text.rows[caption_digest(item["caption"])]
@@ -178,6 +194,8 @@ class Cache:
             size = parse_size(group)
             places.setdefault(size, []).append((shard, row, text_shard, text_row))
             names.setdefault(size, []).append(item["name"])
+        if unknown:
+            raise UsageError(f"data.exclude: no image is called {sorted(unknown)[0]!r} in {folder / INDEX}")
         if not places:
             raise UsageError(f"{folder}: the cache holds no image; its {MANIFEST} says what was dropped or skipped")
         self.buckets = tuple(sorted(places, key=lambda size: (-len(places[size]), size)))
@@ -211,7 +229,16 @@ class Cache:
 
     def empty(self) -> Conditioning:
         """The Conditioning of the empty caption, (1, ...)."""
-        return self._text.rows_at("", self._empty[None])[0]
+        return self.text([""])
+
+    def has_text(self, caption: str) -> bool:
+        """Whether the caption's embedding is here."""
+        return caption_digest(caption) in self._text.rows
+
+    def text(self, captions: Sequence[str]) -> Conditioning:
+        """The Conditioning of captions or sample prompts that are here, in their order."""
+        rows = [self._text.rows[caption_digest(caption)] for caption in captions]
+        return stack(*self._text.rows_at("", np.array([(shard, row) for shard, _, row in rows])))
 
 
 def parse_size(group: str) -> Size:

@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from flux2pixel.data import Buckets, Record, Rules, Tally, open_source, stream
 from flux2pixel.data.cache import INDEX, MANIFEST, Cache, Key, Shards, caption_digest, read_manifest
 from flux2pixel.data.sources import own_source
+from flux2pixel.families.configs import read_config
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
@@ -33,7 +34,7 @@ from flux2pixel.runtime.progress import bar, log
 FORMAT = 1
 # A shard is lost work when a kill comes before it is written, and a file to open when it is read.
 SHARD_BYTES, SHARD_ROWS = 512 * 2**20, 2048
-TEXT_BATCH = 64
+MAX_TEXT = 512  # tokens; no family's pipeline takes more by default
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Scenes apart from those of the base's own training and of the subspace fit.
@@ -42,10 +43,12 @@ FIRST_SCENE = 2_000_000
 
 @dataclass(frozen=True)
 class Made:
-    """What one process did: the items of its part, (digest, caption, name), and what became of the others."""
+    """What one process did: the items of its part, (digest, caption, name), what became of the others, and the names
+    of those that ``data.exclude`` left out."""
 
     items: list[tuple[str, str, str]]
     tally: Tally
+    excluded: list[str] = field(default_factory=list)
 
 
 class ShardWriter:
@@ -102,7 +105,17 @@ def key_of(recipe: Recipe, base: Base) -> Key:
         max_cut=settings.max_cut,
         enlarge=settings.enlarge,
         dtype=settings.dtype,
+        text_length=text_length(base),
+        encoders=str(base.dtype).removeprefix("torch."),
     )
+
+
+def text_length(base: Base) -> int:
+    """Most tokens of a prompt: what the families' pipelines take, or fewer if the tokenizer says so."""
+    path = base.folder / "tokenizer" / "tokenizer_config.json"
+    if not path.is_file():
+        return MAX_TEXT
+    return min(MAX_TEXT, int(read_config(path).get("model_max_length", MAX_TEXT)))
 
 
 def fingerprint(folder: Path, parts: tuple[str, ...]) -> str:
@@ -118,12 +131,20 @@ def fingerprint(folder: Path, parts: tuple[str, ...]) -> str:
 def ensure(recipe: Recipe, run: Path, base: Base, gpus: int = 1) -> Cache:
     """Open the recipe's cache; make or complete it first if it is not finished or was asked for other images.
 
-    To be called before any process group. Raises UsageError if the folder holds a cache of another key.
+    Sample prompts that it lacks are embedded by themselves. To be called before any process group. Raises UsageError
+    if the folder holds a cache of another key.
     """
     folder, key = cache_folder(recipe, run), key_of(recipe, base)
-    if (folder / MANIFEST).is_file() and read_manifest(folder)["request"] == _request(recipe):
-        return Cache(folder, key)
-    return make(recipe, run, base, gpus, key)
+    made: dict[str, Any] = read_manifest(folder) if (folder / MANIFEST).is_file() else {"request": None}
+    back = set(made.get("excluded", ())) - set(recipe.data.exclude)  # left out when it was made, wanted now
+    if made["request"] != _request(recipe) or back:
+        return make(recipe, run, base, gpus, key)
+    cache = Cache(folder, key)
+    if all(map(cache.has_text, recipe.finetune.prompts)):
+        return cache
+    log(f"cache: {folder}, sample prompts")
+    _run_parts(recipe, folder, base, 1, lambda count: None, images=False)
+    return Cache(folder, key)
 
 
 def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None = None) -> Cache:
@@ -139,9 +160,10 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
     log(f"cache: {folder}, images of {source.name}, {recipe.data.resolution} pixels squared, {recipe.data.dtype}")
     with bar("cache", total, unit="images") as progress:
         parts = _run_parts(recipe, folder, base, gpus, progress.advance)
-    tally, items = Tally(recipe.data.max_broken), set()
+    tally, items, excluded = Tally(recipe.data.max_broken), set(), set()
     for part in parts:
         tally.merge(part.tally)
+        excluded.update(part.excluded)
         items.update(part.items)
     for line in tally.lines():
         log(line)
@@ -149,7 +171,7 @@ def make(recipe: Recipe, run: Path, base: Base, gpus: int = 1, key: Key | None =
         raise Flux2PixelError(
             f"{len(tally.broken)} images are unreadable, more than data.max_broken {recipe.data.max_broken}"
         )
-    _finish(folder, key, recipe, items, tally)
+    _finish(folder, key, recipe, items, tally, excluded)
     cache = Cache(folder, key)
     log(f"wrote {folder}: {len(cache)} images in {len(cache.buckets)} buckets")
     return cache
@@ -176,7 +198,14 @@ def _request(recipe: Recipe) -> dict[str, Any]:
     return request
 
 
-def _finish(folder: Path, key: Key, recipe: Recipe, items: Iterable[tuple[str, str, str]], tally: Tally) -> None:
+def _finish(
+    folder: Path,
+    key: Key,
+    recipe: Recipe,
+    items: Iterable[tuple[str, str, str]],
+    tally: Tally,
+    excluded: Collection[str],
+) -> None:
     """Write the index and then the manifest. One image with one caption is one item, however often it comes."""
     stored = Shards(folder / "images").rows
     unique = {(digest, caption): name for digest, caption, name in sorted(items, reverse=True) if digest in stored}
@@ -190,34 +219,51 @@ def _finish(folder: Path, key: Key, recipe: Recipe, items: Iterable[tuple[str, s
     manifest: dict[str, Any] = {"key": asdict(key), "request": _request(recipe)}
     manifest |= {"digest": hashlib.sha256(text.encode()).hexdigest(), "items": len(lines)}
     manifest |= {"repeated": tally.kept + tally.known - len(lines), "buckets": buckets, "images": tally.as_dict()}
+    manifest |= {"excluded": sorted(excluded)}
     files.write_json(folder / MANIFEST, manifest)
 
 
-def _work(recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype | None, rank: int, world: int) -> Made:
+def _work(
+    recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype | None, rank: int, world: int, images: bool
+) -> Made:
     launch.set_threads(recipe.threads, world)
-    return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance)
+    return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance, images=images)
 
 
-def _run_parts(recipe: Recipe, folder: Path, base: Base, world: int, advance: Callable[[int], object]) -> list[Made]:
+def _run_parts(
+    recipe: Recipe, folder: Path, base: Base, world: int, advance: Callable[[int], object], *, images: bool = True
+) -> list[Made]:
     """All parts: here if it is one, else in processes of their own; the first failure ends them all.
 
     A GPU's part always has its own process: what follows, a training, would find this one's memory still taken.
     """
     if world == 1 and not torch.cuda.is_available():
-        return [make_part(recipe, folder, base, 0, 1, advance)]
-    parts = [partial(_work, recipe, folder, base.folder, base.dtype, rank, world) for rank in range(world)]
+        return [make_part(recipe, folder, base, 0, 1, advance, images=images)]
+    parts = [partial(_work, recipe, folder, base.folder, base.dtype, rank, world, images) for rank in range(world)]
     return launch.pooled("cache", parts, advance)
 
 
 def make_part(
-    recipe: Recipe, folder: Path, base: Base, rank: int, world: int, advance: Callable[[int], object]
+    recipe: Recipe,
+    folder: Path,
+    base: Base,
+    rank: int,
+    world: int,
+    advance: Callable[[int], object],
+    *,
+    images: bool = True,
 ) -> Made:
-    """The part of process ``rank`` of ``world``: what is not yet there is encoded and written."""
+    """The part of process ``rank`` of ``world``: what is not yet there is encoded and written.
+
+    Sample prompts are captions like any other; without ``images`` they alone are made.
+    """
     if torch.cuda.is_available():
         base.device = torch.device("cuda", rank)
-    made = _make_images(recipe, folder, base, rank, world, advance)
-    captions = sorted({"", *(caption for _, caption, _ in made.items)})
-    _make_text(folder, base, captions, DTYPES[recipe.data.dtype])
+    made = Made([], Tally())
+    if images:
+        made = _make_images(recipe, folder, base, rank, world, advance)
+    captions = {"", *(caption for _, caption, _ in made.items), *recipe.finetune.prompts[rank::world]}
+    _make_text(recipe, folder, base, sorted(captions))
     return made
 
 
@@ -227,10 +273,14 @@ def _make_images(
     settings, dtype = recipe.data, DTYPES[recipe.data.dtype]
     done = set(Shards(folder / "images").rows)
     items: list[tuple[str, str, str]] = []
+    excluded: list[str] = []
     lock = threading.Lock()
 
     def known(record: Record, digest: str) -> bool:
         with lock:
+            if named := {record.name, digest}.intersection(settings.exclude):
+                excluded.extend(named)
+                return True
             if digest not in done:
                 done.add(digest)  # a second file with the same content
                 return False
@@ -262,15 +312,17 @@ def _make_images(
     writer.flush()
     base.__dict__.pop("vae", None)  # free its memory for the text encoder
     gc.collect()
-    return Made(items, tally)
+    return Made(items, tally, excluded)
 
 
-def _make_text(folder: Path, base: Base, captions: list[str], dtype: torch.dtype) -> None:
+def _make_text(recipe: Recipe, folder: Path, base: Base, captions: list[str]) -> None:
+    """Embed and write what is missing, as many captions at a time as ``data.text_tokens`` allow."""
+    dtype, count = DTYPES[recipe.data.dtype], max(1, recipe.data.text_tokens // text_length(base))
     done = Shards(folder / "text").rows
     missing = [caption for caption in captions if caption_digest(caption) not in done]
     writer, shapes = ShardWriter(folder / "text"), None
-    for start in range(0, len(missing), TEXT_BATCH):
-        some = missing[start : start + TEXT_BATCH]
+    for start in range(0, len(missing), count):
+        some = missing[start : start + count]
         stored = {n: v.to(dtype) if v.is_floating_point() else v for n, v in base.text(some).items()}
         for name, value in stored.items():
             _finite(value, f"text embeddings {name!r} overflow {dtype}; set data.dtype = bf16; of", some)

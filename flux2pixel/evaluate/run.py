@@ -22,7 +22,7 @@ from flux2pixel.evaluate.columns import Candidate, candidate, named
 from flux2pixel.evaluate.drawing import Clock, Order
 from flux2pixel.evaluate.fidelity.compare import compare_with_images, compare_with_renders
 from flux2pixel.evaluate.layout import ImageFile
-from flux2pixel.evaluate.report.build import Gallery, write_report
+from flux2pixel.evaluate.report.build import Gallery, for_readers, write_report
 from flux2pixel.evaluate.report.claims import claims
 from flux2pixel.evaluate.report.comparable import comparable
 from flux2pixel.evaluate.results import Outcome
@@ -93,6 +93,7 @@ def _evaluate(
         outcomes = [task.collect() for task in tasks]
         report = _report(recipe, run, outcomes, memo, digests, place)
         report["seconds"] = results.seconds(run, time.perf_counter() - started)
+        report = for_readers(report, run)
         files.write_json(page.with_suffix(".json"), report)
         write_report(report, Gallery(results.shots(outcomes), home / "sheets", digests), page)
         digests.save()

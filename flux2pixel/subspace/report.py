@@ -1,12 +1,10 @@
-"""What a fit leaves beside its basis: ``.json`` with every figure, two PNGs, and one HTML page that holds them all."""
+"""What a fit leaves beside its basis: ``.json`` with every figure, a PNG of it, and one HTML page."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,16 @@ import torch
 from torch import Tensor
 
 from flux2pixel.asymflow import color
-from flux2pixel.runtime import files
-from flux2pixel.runtime.progress import log
+from flux2pixel.runtime import files, page
+from flux2pixel.runtime.page import Line, line_chart
 
 # Residuals of bases whose conversions were looked at: 0.31 kept the colours of the latent model, 0.60 did not.
 GOOD, DOUBTFUL = 0.4, 0.6
+FEW = 10  # images below which a residual on them says nothing about others
+SPANNED = 1e-9  # of the largest eigenvalue: directions below it are not in the images at all
+UNSTABLE = 0.1  # excess of a half's basis on the other half above which more images are needed
 SHOWN_VECTORS = 64
+_LEFT_OUT = {"broken": "Unreadable, skipped", "dropped": "Dropped"}
 
 _LABELS = {
     "method": "method",
@@ -46,14 +48,6 @@ _LABELS = {
     "jacobian_relative_standard_error": "standard error of the Jacobian, relative",
 }
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .15rem 1.2rem .15rem 0; }
-th { font-weight: 400; } td { font-variant-numeric: tabular-nums; text-align: right; }
-img { max-width: 100%; } .verdict { font-size: 1.15rem; } .vectors { image-rendering: pixelated; width: 100%; }
-"""
-
 
 def verdict(figures: Mapping[str, Any]) -> str:
     """One line in words: is this basis fit for a conversion, by how much, and would more images help."""
@@ -65,7 +59,8 @@ def verdict(figures: Mapping[str, Any]) -> str:
         )
     residual = figures["alignment_residual"]
     if residual < GOOD:
-        grade = "good"
+        unproven = _unproven(figures)
+        grade = f"not proven: {unproven}" if unproven else "good"
     elif residual < DOUBTFUL:
         grade = "doubtful, expect shifted colours until finetuned"
     else:
@@ -77,33 +72,53 @@ def verdict(figures: Mapping[str, Any]) -> str:
     return line + _stable(figures)
 
 
-def _stable(figures: Mapping[str, Any]) -> str:
+def _unproven(figures: Mapping[str, Any]) -> str:
+    """Why a small residual on these images says little about others; empty where it does say something."""
+    images, rank = figures["images"], figures["rank"]
+    if images < FEW:
+        return f"{images} image{'s are' if images != 1 else ' is'} too few to judge by, fit on {FEW} or more"
+    spanned = sum(value > SPANNED * figures["spectrum"][0] for value in figures["spectrum"])
+    if spanned < rank:
+        return f"the images span {spanned} of the {rank} directions, fit on more varied ones"
+    if (excess := _excess(figures)) is not None and excess > UNSTABLE:
+        return f"a half's basis is {excess:.1%} worse on the other half, fit on more images"
+    return ""
+
+
+def _excess(figures: Mapping[str, Any]) -> float | None:
+    """How much worse a half's basis is on the other half than on its own, relative; None if it was not measured."""
     if figures.get("held_out_residual") is None:
+        return None
+    return max(0.0, float(figures["held_out_residual"] / max(figures["halves_residual"], 1e-12) - 1))
+
+
+def _stable(figures: Mapping[str, Any]) -> str:
+    excess = _excess(figures)
+    if excess is None:
         return "" if figures["method"] not in ("procrustes", "pca") else "; too few images to tell how stable it is"
-    excess = figures["held_out_residual"] / max(figures["halves_residual"], 1e-12) - 1
     if excess < 0.02:
-        return f"; stable: a half's basis is {max(excess, 0):.1%} worse on the other half, more images change little"
+        return f"; stable: a half's basis is {excess:.1%} worse on the other half, more images change little"
     return f"; not stable yet: a half's basis is {excess:.1%} worse on the other half, fit on more images"
 
 
 def write(path: Path, basis: Tensor, figures: Mapping[str, Any]) -> None:
-    """Write the report of the subspace at ``path``: the same name with .json, .basis.png, .figures.png, .html.
-
-    The charts need matplotlib; without it the page has the tables and the basis vectors.
-    """
+    """Write the report of the subspace at ``path``: the same name with .json, .basis.png and .html."""
     stem = path.name.removesuffix(".safetensors")
-    pictures = {"basis": basis_picture(basis)}
-    charts = _charts(figures)
-    if charts is not None:
-        pictures["figures"] = charts
-    for name, content in pictures.items():
-        files.write(path.with_name(f"{stem}.{name}.png"), partial(_save, content))
-    files.write(path.with_name(f"{stem}.html"), partial(_save, _page(figures, pictures).encode()))
+    picture = basis_picture(basis)
+    files.write(path.with_name(f"{stem}.basis.png"), lambda temporary: temporary.write_bytes(picture))
     files.write_json(path.with_name(f"{stem}.json"), dict(figures))
-
-
-def _save(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+    source = figures.get("source") or {}
+    page.write(
+        path.with_name(f"{stem}.html"),
+        Path(__file__).parent / "subspace.html",
+        title="Pixel-latent basis",
+        verdict=figures["verdict"],
+        figures=[(label, figures[key]) for key, label in _LABELS.items() if figures.get(key) is not None],
+        charts=_charts(figures),
+        vectors="data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+        source=source,
+        left_out=[(what, source[key]) for key, what in _LEFT_OUT.items() if source.get(key)],
+    )
 
 
 def basis_picture(basis: Tensor) -> bytes:
@@ -125,75 +140,24 @@ def basis_picture(basis: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def _charts(figures: Mapping[str, Any]) -> bytes | None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log("charts left out: matplotlib is not installed (pip install 'flux2pixel[train]')")
-        return None
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    spectrum, cumulative, angles, residuals = figure.subplots(2, 2).flat
-    values = np.array(figures["spectrum"])
-    index = np.arange(1, len(values) + 1)
-    spectrum.plot(index, values, label="eigenvectors of E[x xᵀ]")
-    spectrum.plot(np.arange(1, 1 + figures["rank"]), sorted(figures["basis_energy"], reverse=True), label="this basis")
-    spectrum.set(yscale="log", xscale="log", xlabel="direction, strongest first", ylabel="energy per token")
-    cumulative.plot(index, np.cumsum(values) / values.sum(), label="best possible at each rank")
-    cumulative.plot(figures["rank"], figures["captured_energy"], "o", label="this basis")
-    cumulative.set(xscale="log", xlabel="rank", ylabel="captured share of the energy")
+def _charts(figures: Mapping[str, Any]) -> list[Any]:
+    values, rank = figures["spectrum"], figures["rank"]
+    energies = list(enumerate(values, 1)), list(enumerate(sorted(figures["basis_energy"], reverse=True), 1))
+    shares = list(enumerate((np.cumsum(values) / np.sum(values)).tolist(), 1))
     rows = figures.get("by_images") or []
-    count = [row["images"] for row in rows]
-    angles.plot(count, [row["angle_deg"] for row in rows], "o-", label="largest")
-    angles.plot(count, [row["mean_angle_deg"] for row in rows], "o-", label="mean")
-    angles.set(xlabel="images", ylabel="angle to the basis of all images, degrees", ylim=(0, None))
-    residuals.plot(count, [row.get("residual", np.nan) for row in rows], "o-", label="basis of a random part")
-    residuals.set(xlabel="images", ylabel="alignment residual on all images")
-    for axes in (spectrum, cumulative, angles, residuals):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    for axes in (angles, residuals):
-        if len(rows) > 1:
-            axes.set_xscale("log")
-        elif not rows:
-            axes.text(0.5, 0.5, "not measured for this method", ha="center", transform=axes.transAxes)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
 
+    def against(key: str) -> list[tuple[float, float]]:
+        return [(row["images"], row[key]) for row in rows if row.get(key) is not None]
 
-def _page(figures: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    rows = "".join(
-        f"<tr><th>{label}</th><td>{_number(figures[key])}</td></tr>"
-        for key, label in _LABELS.items()
-        if figures.get(key) is not None
-    )
-    images = {name: f"data:image/png;base64,{base64.b64encode(data).decode()}" for name, data in pictures.items()}
-    charts = f'<h2>Charts</h2><img src="{images["figures"]}" alt="charts">' if "figures" in images else ""
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Subspace</title>
-<style>{_STYLE}</style>
-<h1>Pixel-latent basis</h1>
-<p class="verdict">{html.escape(figures["verdict"])}</p>
-<table>{rows}</table>
-{charts}
-<h2>First basis vectors</h2>
-<p>Each patch shows one column of A in its own colours, about mid grey.</p>
-<img class="vectors" src="{images["basis"]}" alt="basis vectors">
-{_images(figures.get("source"))}
-</html>
-"""
-
-
-def _images(source: Mapping[str, Any] | None) -> str:
-    if source is None:
-        return ""
-    lines = [f"<h2>Images</h2><p>{source['seen']} seen, {source['used']} used.</p>"]
-    for kind, what in (("broken", "Unreadable, skipped"), ("dropped", "Dropped")):
-        if source[kind]:
-            shown = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in source[kind][:100])
-            lines.append(f"<p>{what}: {len(source[kind])}</p><ul>{shown}</ul>")
-    return "".join(lines)
-
-
-def _number(value: Any) -> str:
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    angles = [Line(n, against(k), dots=True) for n, k in (("largest", "angle_deg"), ("mean", "mean_angle_deg"))]
+    direction, images, captured = "direction, strongest first", "images", (rank, figures["captured_energy"])
+    found = [
+        line_chart([Line("eigenvectors of E[x xᵀ]", energies[0]), Line("this basis", energies[1])],
+                   "Energy per token (log scales)", direction, x_log=True, y_log=True),
+        line_chart([Line("best possible at each rank", shares), Line("this basis", [captured], dots=True)],
+                   "Captured share of the energy", "rank", x_log=True),
+        line_chart(angles, "Angle to the basis of all images, degrees", images, x_log=len(rows) > 1),
+        line_chart([Line("basis of a random part", against("residual"), dots=True)],
+                   "Alignment residual on all images", images, x_log=len(rows) > 1),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]

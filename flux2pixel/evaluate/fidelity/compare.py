@@ -1,18 +1,21 @@
-"""Fidelity in a report: every model against true images, the miniature's own renders or a reference of the user's."""
+"""Fidelity in a report: every model against true images, of the user's own or rendered by the base's plug-in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flux2pixel.evaluate import results
 from flux2pixel.evaluate.assets.fetch import ALEXNET_FILE, CLIP_FILE, INCEPTION_FILE
-from flux2pixel.evaluate.fidelity import networks, reference
-from flux2pixel.evaluate.fidelity.true_images import TrueImages, TrueSet
+from flux2pixel.evaluate.fidelity import networks
+from flux2pixel.evaluate.fidelity.networks import Networks
+from flux2pixel.evaluate.fidelity.truth import Source, TrueImages, TrueSet
+from flux2pixel.evaluate.geneval import judge
 from flux2pixel.evaluate.results import Outcome
 from flux2pixel.evaluate.store import Digests, Memo
 from flux2pixel.evaluate.suite import Rgb, Sample
@@ -24,52 +27,30 @@ from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import log
 
-MEASURED = 2  # version of the fidelity measures: what was kept of another is computed again
+MEASURED = 3  # version of the fidelity measures: what was kept of another is computed again
 GRID = 16  # pixels: the patch of every known family, where images come without a model
+WEIGHTS = {"inception": INCEPTION_FILE, "clip": CLIP_FILE, "lpips": ALEXNET_FILE}
 
 
 def compare_with_renders(
     recipe: Recipe, report: dict[str, Any], outcomes: Sequence[Outcome], memo: Memo, digests: Digests
 ) -> None:
-    """The miniature's ceilings, and every model's fidelity to true renders of the suite's own prompts.
+    """The ceilings of a base whose plug-in renders the truth, and every model's fidelity to such renders.
 
-    References pose the prompts in the suite's proportions, so that content does not count as infidelity.
+    They pose the suite's own prompts in its proportions, so that content does not count as infidelity. Does nothing
+    for other bases.
     """
-    if registry.plugin(recipe.base) is None:
+    plugin = registry.plugin(recipe.base)
+    if plugin is None or plugin.truth is None:
         return
-    posed = [dict(prompt.data) for prompt in outcomes[0].suite.asked]
-    count = recipe.eval.fidelity_images
-    what = {"renders": [row["prompt"] for row in posed], "count": count, "version": results.versions()["flux2pixel"]}
-    report["detector_ceiling"] = memo.of({"detector": what}, lambda: reference.detector_ceiling(posed))
-    if "fidelity" not in recipe.eval.suite or recipe.eval.reference:
-        return
-    truth = reference.Truth(posed, count)
-    vae = digests.of_model(bases.resolve(recipe.base), ["vae"])
-    report["fidelity_ceiling"] = memo.of(
-        {"ceilings": what, "vae": vae, "measures": MEASURED}, lambda: truth.ceilings(recipe.base)
+    renders = plugin.truth([dict(prompt.data) for prompt in outcomes[0].suite.asked], recipe.eval.fidelity_images)
+    report["detector_ceiling"] = memo.of(
+        {"detector": renders.digest, "version": results.versions()["flux2pixel"]},
+        lambda: renders.detector_ceiling(judge),
     )
-    for name, samples, pairs in _chosen(outcomes, count):
-        inputs = {"fidelity": what, "images": _shown(samples, pairs, digests), "measures": MEASURED}
-        report["models"][name]["fidelity"] = memo.of(inputs, partial(truth.measure, samples, pairs))
-
-
-def _spread(outcome: Outcome, count: int) -> list[Sample]:
-    """The first image of every prompt, then the second ones: any number of them is spread over all prompts."""
-    return sorted(outcome.samples, key=lambda sample: sample.index)[:count]
-
-
-def _chosen(outcomes: Sequence[Outcome], count: int) -> Iterator[tuple[str, list[Sample], list[Sample]]]:
-    """Each model's name, the samples of it that are measured, and the first model's for the same prompts and seeds."""
-    first = _spread(outcomes[0], count)
-    for outcome in outcomes:
-        samples = _spread(outcome, count)
-        same = [(s.prompt.id, s.index) for s in samples] == [(s.prompt.id, s.index) for s in first]
-        paired = same and outcome is not outcomes[0] and outcome.candidate.open is not None
-        yield outcome.candidate.name, samples, first if paired else []
-
-
-def _shown(samples: Sequence[Sample], pairs: Sequence[Sample], digests: Digests) -> list[list[str]]:
-    return [[digests.of_file(sample.path) for sample in some] for some in (samples, pairs)]
+    if "fidelity" in recipe.eval.suite and not recipe.eval.reference:
+        base = bases.open_base(recipe.base)
+        _compare(report, outcomes, memo, digests, renders, base, base.device, others=renders.others())
 
 
 def compare_with_images(
@@ -90,36 +71,66 @@ def compare_with_images(
         return
     outcomes = [outcome for outcome in outcomes if outcome.suite is suite]
     base, assets = _base(recipe, outcomes), assets_folder(recipe)
-    patch = base.patch_size if base else GRID
     images = TrueImages(recipe.eval.reference, recipe.eval.fidelity_images, (suite.side, suite.side))
     lost = networks.absent(assets)
     for line in lost.values():
         log(f"fidelity: left out: {line}")
-    weights = {
-        name: digests.of_file(assets / file)
-        for name, file in (("inception", INCEPTION_FILE), ("clip", CLIP_FILE), ("lpips", ALEXNET_FILE))
-        if name not in lost
-    }
+    weights = {name: digests.of_file(assets / file) for name, file in WEIGHTS.items() if name not in lost}
     report["fidelity_reference"] = {
         "source": recipe.eval.reference,
         "digest": images.digest,
         "suite": suite.name,
         "size": suite.side,
-        "patch": patch,
+        "patch": base.patch_size if base else GRID,
         "weights": weights,
         "absent": list(lost.values()),
     }
-    what = {"reference": images.digest, "patch": patch, "weights": weights, "versions": results.versions()}
-    what |= {"measures": MEASURED, "count": images.count}
-    truth = TrueSet(images, patch, partial(networks.open_networks, assets, place))
-    vae = digests.of_model(base.folder, ["vae"]) if base else ""
+    opened = partial(networks.open_networks, assets, place)
+    _compare(report, outcomes, memo, digests, images, base, place, opened, weights)
+
+
+def _compare(
+    report: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    memo: Memo,
+    digests: Digests,
+    images: Source,
+    base: Base | None,
+    place: torch.device,
+    opened: Callable[[], Networks] = Networks,
+    weights: Mapping[str, str] | None = None,
+    others: Source | None = None,
+) -> None:
+    """Measure every outcome and the ceilings, each once: what decided a figure is the key it is kept under."""
+    patch = base.patch_size if base else GRID
+    what: dict[str, Any] = {"reference": images.digest, "patch": patch, "weights": weights or {}}
+    what |= {"versions": results.versions(), "measures": MEASURED, "count": images.count}
+    truth = TrueSet(images, patch, opened)
+    ceiling = what | {"vae": digests.of_model(base.folder, ["vae"]) if base else ""}
+    ceiling["others"] = others.digest if others else ""
     report["fidelity_ceiling"] = memo.of(
-        what | {"vae": vae}, lambda: truth.ceilings(_through_vae(base, place) if base else None)
+        ceiling, lambda: truth.ceilings(_through_vae(base, place) if base else None, others)
     )
     for name, samples, pairs in _chosen(outcomes, images.count):
-        inputs = what | {"images": _shown(samples, pairs, digests), "prompts": [s.prompt.text for s in samples]}
+        shown = [[digests.of_file(sample.path) for sample in some] for some in (samples, pairs)]
+        inputs = what | {"images": shown, "prompts": [s.prompt.text for s in samples]}
         inputs |= {"boxes": [s.box for s in samples]}
         report["models"][name]["fidelity"] = memo.of(inputs, partial(truth.measure, name, samples, pairs))
+
+
+def _spread(outcome: Outcome, count: int) -> list[Sample]:
+    """The first image of every prompt, then the second ones: any number of them is spread over all prompts."""
+    return sorted(outcome.samples, key=lambda sample: sample.index)[:count]
+
+
+def _chosen(outcomes: Sequence[Outcome], count: int) -> Iterator[tuple[str, list[Sample], list[Sample]]]:
+    """Each model's name, the samples of it that are measured, and the first model's for the same prompts and seeds."""
+    first = _spread(outcomes[0], count)
+    for outcome in outcomes:
+        samples = _spread(outcome, count)
+        same = [(s.prompt.id, s.index) for s in samples] == [(s.prompt.id, s.index) for s in first]
+        paired = same and outcome is not outcomes[0] and outcome.candidate.open is not None
+        yield outcome.candidate.name, samples, first if paired else []
 
 
 def _base(recipe: Recipe, outcomes: Sequence[Outcome]) -> Base | None:
@@ -135,16 +146,15 @@ def _base(recipe: Recipe, outcomes: Sequence[Outcome]) -> Base | None:
         return None
 
 
-def _through_vae(base: Base, place: torch.device) -> Callable[[Rgb], Rgb]:
-    """The base VAE's reconstruction of an image (H, W, 3) uint8."""
+def _through_vae(base: Base, place: torch.device) -> Callable[[Sequence[Rgb]], Sequence[Rgb]]:
+    """The base VAE's reconstruction of images (H, W, 3) uint8 of one size: the ceiling of anything latent."""
     from flux2pixel.models.model import to_bytes
 
     base.device = place
 
     @torch.no_grad()
-    def rebuild(image: Rgb) -> Rgb:
-        rgb = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(place).float() / 255
-        made: Rgb = to_bytes(base.decode(base.encode(rgb), *image.shape[:2]))[0]
-        return made
+    def rebuild(images: Sequence[Rgb]) -> Sequence[Rgb]:
+        rgb = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(place).float() / 255
+        return list(to_bytes(base.decode(base.encode(rgb), *rgb.shape[-2:])))
 
     return rebuild

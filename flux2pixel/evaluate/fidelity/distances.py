@@ -1,22 +1,28 @@
-"""Distances between sets of images by their features: FID, KID, precision and recall.
+"""Distances between sets of images by their features: FID, KID, precision and recall; PSNR of pairs.
 
-    n, m  images of the two sets    d  feature width
+    n, m  images of the two sets    d  feature width    p  the model's patch size    D = 3 p p
 
 Features come from elsewhere (`patch_features`, or an Inception network); these are the measures alone, in float64.
+torch-fidelity, which the tests compare them with, is an extra: the base install needs these without it, and KID's
+subsets must be the same ones in every report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from flux2pixel.evaluate.fidelity.measures import Images, frechet_distance, high_pass, unit
+from flux2pixel.evaluate.fidelity.measures import frechet_distance, high_pass, patches, unit
+from flux2pixel.evaluate.suite import Rgb
 
 Array = NDArray[np.float64]
 NEIGHBOURS = 3  # k of precision and recall
 SUBSETS = 100  # of KID
 SUBSET = 100  # images of each; the paper's 1000 where there are so many
 ROWS = 1024  # distances are made in blocks of so many rows
+COMPONENTS = 16  # of patches, in `patch_features`
 
 
 def fid(ours: Array, theirs: Array) -> float:
@@ -74,39 +80,25 @@ def _squared(x: Array, y: Array) -> Array:
     return np.asarray((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T, dtype=np.float64).clip(min=0)
 
 
-def patch_features(images: Images, basis: Array, patch: int = 8) -> Array:
-    """One row an image of the miniature's own features, (n, 4 k): no network trained on photographs judges 32 pixels.
-
-    ``basis`` (3 patch patch, k) are principal components of reference patches. A row holds the means and deviations
-    over an image of its patches' coordinates, of the pixels and of the pixels minus their blur.
-    """
-    pixels = unit(images)
-    parts = []
-    for layer in (pixels, high_pass(pixels)):
-        windows = np.lib.stride_tricks.sliding_window_view(layer, (patch, patch), axis=(1, 2))[
-            :, :: patch // 2, :: patch // 2
-        ]
-        rows = windows.reshape(len(images), -1, 3 * patch * patch) @ basis
-        parts += [rows.mean(1), rows.std(1)]
-    return np.concatenate(parts, axis=1)
-
-
-def patch_basis(reference: Images, count: int = 16, patch: int = 8) -> Array:
-    """The ``count`` leading principal components (3 patch patch, count) of a reference's patches."""
-    pixels = unit(reference)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (patch, patch), axis=(1, 2))[
-        :, :: patch // 2, :: patch // 2
-    ]
-    rows = windows.reshape(-1, 3 * patch * patch)
-    return np.asarray(np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, ::-1][:, :count], dtype=np.float64)
-
-
 def distances(ours: Array, theirs: Array) -> dict[str, float]:
     """All of the above, by name."""
     return {"fid": fid(ours, theirs), "kid": kid(ours, theirs)} | precision_recall(ours, theirs)
 
 
-def psnr(ours: Images, theirs: Images) -> float:
-    """Mean over pairs of the peak signal-to-noise ratio in dB, 8-bit images (n, H, W, 3); equal pairs count as 100."""
-    errors = ((ours.astype(np.float64) - theirs) ** 2).mean(axis=(1, 2, 3))
-    return float(np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(errors, 1e-12))).mean())
+def patch_features(images: Sequence[Rgb], basis: Array, patch: int) -> Array:
+    """One row an image of features for small pictures, (n, 4 k): no network trained on photographs judges 32 pixels.
+
+    ``basis`` (D, k) are principal components of reference patches. A row holds the means and deviations over an image
+    of its patches' coordinates, of the pixels and of the pixels minus their blur.
+    """
+    rows = []
+    for image in images:
+        layers = [patches(layer, patch) @ basis for layer in (unit(image), high_pass(unit(image)))]
+        rows.append(np.concatenate([part for seen in layers for part in (seen.mean(0), seen.std(0))]))
+    return np.stack(rows)
+
+
+def psnr(ours: Rgb, theirs: Rgb) -> float:
+    """Peak signal-to-noise ratio of two 8-bit images (H, W, 3) in dB; equal ones count as 100."""
+    error = ((ours.astype(np.float64) - theirs) ** 2).mean()
+    return float(np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(error, 1e-12))))

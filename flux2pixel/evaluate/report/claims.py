@@ -1,4 +1,4 @@
-"""What the paper claims, in miniature: each claim with the figures that came out, good or bad."""
+"""What the method claims: each claim with the figures that came out, good or bad."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flux2pixel.evaluate.report.page import data_uri
+from flux2pixel.runtime.page import data_uri
 from flux2pixel.weights.subspace import read_subspace
 
 

@@ -1,11 +1,15 @@
-"""The report's tables: scores side by side with intervals and paired differences, what they may be compared with."""
+"""The rows of the report's tables: scores side by side with intervals, what each means, and which lead outside theirs.
+
+Nothing here is HTML: the page's template writes what these return.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from flux2pixel.evaluate.report.page import closest, facts, finite, interval_bar, number, table_row, text
+from flux2pixel.runtime.page import finite, number
 
 Report = Mapping[str, Any]
 
@@ -14,35 +18,103 @@ SHORT = {"base": "Latent base", "converted": "Converted", "finetuned": "Finetune
 LABELS = {"geneval": "GenEval", "dpg-bench": "DPG-Bench", "hpsv3": "HPSv3", "fidelity": "Fidelity"}
 KEYS = {"geneval": "geneval", "dpg-bench": "dpg_bench", "hpsv3": "hpsv3"}  # of a suite in report.json
 TOPS = {"geneval": 1.0, "dpg-bench": 100.0}  # scales with an end; HPSv3's has none
+UP, DOWN, ZERO, TRUE, NONE = "↑", "↓", "→ 0", "→ true", ""
+WORDS = {UP: "higher is better", DOWN: "lower is better", ZERO: "nearer to 0 is better",
+         TRUE: "nearer to the true images’ own value is better"}  # fmt: skip
 
-# What each fidelity measure is called, and what is best: the value itself (None: that of the true renders).
-MEASURES: dict[str, tuple[str, float | None]] = {
-    "texture_frechet": ("Texture Fréchet distance", 0.0),
-    "patch_frechet": ("Patch Fréchet distance", 0.0),
-    "spectrum_all": ("Spectrum error (decades)", 0.0),
-    "spectrum_high": ("High band (decades; < 0: blur)", 0.0),
-    "blockiness": ("Blockiness (as true renders)", None),
-    "grain": ("Grain (as true renders)", None),
-    "colour_mean_error": ("Colour mean error", 0.0),
-    "colour_std_error": ("Colour spread error", 0.0),
-    "fid": ("FID, patch features", 0.0),
-    "kid": ("KID, patch features", 0.0),
-    "precision": ("Precision (in the true set’s manifold)", 1.0),
-    "recall": ("Recall (of the true set)", 1.0),
-    "inception_fid": ("FID", 0.0),
-    "patch_fid": ("Patch-FID, crops", 0.0),
-    "inception_kid": ("KID", 0.0),
-    "inception_precision": ("Precision, Inception", 1.0),
-    "inception_recall": ("Recall, Inception", 1.0),
-    "clip_score": ("CLIP score", 100.0),
-    "lpips_reconstruction": ("LPIPS of the reconstruction", 0.0),
+MEANINGS = {
+    "geneval": "Share of images in which the detector finds the objects, counts, colours and places asked for; "
+    "the mean of the tags’ means.",
+    "dpg-bench": "Share of questions about a long prompt that the judge answers with yes, in percent.",
+    "hpsv3": "Mean reward of HPSv3, a model of people’s preferences; its scale has no end.",
+    "steps": "Network evaluations with different noise levels for an image.",
+    "seconds_per_image": "Wall time of drawing on this machine, without text encoding and scoring.",
 }
 
-LEFT = {
-    "lpips_to_first": "LPIPS to the first model",
-    "psnr_to_first": "PSNR to the first model (dB)",
-    "psnr_reconstruction": "PSNR of the reconstruction (dB)",
-}
+# Every fidelity measure: what it is called, what is better, and what it says.
+MEASURES: dict[str, tuple[str, str, str]] = {
+    "texture_frechet": (
+        "Texture Fréchet distance", DOWN,
+        "Fréchet distance of patches minus their 3×3 blur, where a decoder’s blur shows; 0 is equal.",
+    ),
+    "patch_frechet": ("Patch Fréchet distance", DOWN, "Fréchet distance of patches of pixels; 0 is equal."),
+    "spectrum_all": (
+        "Spectrum error (decades)", DOWN,
+        "Mean absolute log10 ratio of the luma’s power spectrum to the true images’, over all radii.",
+    ),
+    "spectrum_high": (
+        "High band (decades)", ZERO,
+        "The same ratio, signed, over the upper half of the radii: below 0 means blur, above 0 noise.",
+    ),
+    "high_band_share": (
+        "Share of high-band energy", TRUE, "Energy of the luma at the upper half of the radii, over all but the mean’s."
+    ),
+    "blockiness": (
+        "Patch-grid ratio, first differences", TRUE,
+        "Mean absolute luma step across the borders of the patch grid over that elsewhere; 1 means no visible grid.",
+    ),
+    "blockiness_second": (
+        "Patch-grid ratio, second differences", TRUE,
+        "The same of second differences, as Iris-3B publishes it.",
+    ),
+    "grain": ("Grain", TRUE, "Median deviation of the luma minus its 3×3 blur, in units of the pixel range."),
+    "colour_mean_error": ("Colour mean error", DOWN, "Largest difference of a colour’s mean from the true images’."),
+    "colour_std_error": ("Colour spread error", DOWN, "Largest difference of a colour’s standard deviation."),
+    "fid": ("FID, patch features", DOWN, "Fréchet distance of images’ patch statistics; for small images."),
+    "kid": ("KID, patch features", DOWN, "Kernel distance of the same; unbiased, so that it may fall below 0."),
+    "precision": ("Precision, patch features", UP, "Share of the images within the true set’s manifold."),
+    "recall": ("Recall, patch features", UP, "Share of the true set within the images’ manifold."),
+    "inception_fid": ("FID", DOWN, "Fréchet distance of Inception features; falls with the number of images."),
+    "patch_fid": ("Patch-FID, crops", DOWN, "FID of crops at full resolution: texture, not composition."),
+    "inception_kid": ("KID", DOWN, "Kernel distance of Inception features; unbiased."),
+    "inception_precision": ("Precision, Inception", UP, "Share of the images within the true set’s manifold."),
+    "inception_recall": ("Recall, Inception", UP, "Share of the true set within the images’ manifold."),
+    "clip_score": ("CLIP score", UP, "100 × the cosine of image and prompt in CLIP ViT-L/14."),
+    "lpips_reconstruction": ("LPIPS of the reconstruction", DOWN, "Of true images behind the base’s VAE; 0 is equal."),
+    "psnr_reconstruction": ("PSNR of the reconstruction (dB)", UP, "Of true images behind the base’s VAE."),
+    "lpips_to_first": ("LPIPS to the first model", NONE, "How far an image is from the first model’s of one seed."),
+    "psnr_to_first": ("PSNR to the first model (dB)", NONE, "How near an image is to the first model’s of one seed."),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A score in [0, 1] with its interval and the detector's ceiling, to draw."""
+
+    score: float
+    low: float | None
+    high: float | None
+    ceiling: float | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's figure: ``text``, its interval ``span``, a ``note`` below, a ``bar``; ``best``: to print bold."""
+
+    text: str
+    span: str = ""
+    note: str = ""
+    bar: Bar | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the summary: one cell a model, then the VAE's and the true images' own value.
+
+    ``kind`` is overall, part, measure, or group (a heading without cells). ``better`` is an arrow of `WORDS`,
+    ``meaning`` the definition, ``number`` that of its footnote.
+    """
+
+    kind: str
+    label: str
+    cells: tuple[Cell, ...] = ()
+    vae: str = ""
+    true: str = ""
+    better: str = NONE
+    meaning: str = ""
+    number: int = 0
 
 
 def get(tree: Any, *keys: str) -> Any:
@@ -60,68 +132,99 @@ def model_names(report: Report) -> list[str]:
     return [name for name in NAMES if name in found] + [name for name in found if name not in NAMES]
 
 
-def short_name(name: str) -> str:
-    """What a model is called where there is little room."""
-    return SHORT.get(name, name)
-
-
 def score_of(value: Any, top: float | None = 1.0) -> str:
     """A score with as many decimals as its scale deserves, so that columns line up."""
     found = finite(value)
     return "–" if found is None else f"{found:.{3 if top == 1.0 else 2}f}".replace("-", "−")
 
 
-def summary(report: Report) -> str:
-    """Every suite's scores and the fidelity measures, one column a model."""
+def summary(report: Report) -> list[Row]:
+    """Every suite's scores, the fidelity measures and the cost; rows with a definition are numbered."""
     names = model_names(report)
     if not names:
-        return ""
-    rows = [row for suite in KEYS for row in _suite_rows(report, names, suite)]
-    rows += _fidelity_rows(report, names)
-    rows.append(f'<tr class="group"><th colspan="{len(names) + 3}">Cost</th></tr>')
+        return []
+    rows = [row for suite in KEYS for row in _suite_rows(report, names, suite)] + _fidelity_rows(report, names)
+    rows.append(Row("group", "Cost"))
     for key, label in (("steps", "Sampling steps"), ("seconds_per_image", "Seconds per image")):
-        rows.append(table_row(label, [number(get(report, "models", name, key)) for name in names], [], ["", ""]))
-    head = "".join(
-        f'<th class="{text(name)}"><span class="name">{text(NAMES.get(name, name))}</span></th>' for name in names
-    )
-    head += "<th>VAE alone<small>reconstructions</small></th><th>True images<small>against others</small></th>"
-    return (
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="note">Ranges are 95 % bootstrap intervals over prompts; a difference is paired by prompt; the '
-        "dashed tick is the detector on true renders. Bold is the closest to the best value. "
-        "A run without all of a suite’s images has no overall.</p>"
-    )
+        cells = tuple(Cell(number(get(report, "models", name, key))) for name in names)
+        rows.append(Row("measure", label, cells, better=DOWN, meaning=MEANINGS[key]))
+    count = 0
+    for index, row in enumerate(rows):
+        if row.meaning:
+            count += 1
+            rows[index] = replace(row, number=count)
+    return rows
 
 
-def _suite_rows(report: Report, names: list[str], suite: str) -> list[str]:
+def _suite_rows(report: Report, names: list[str], suite: str) -> list[Row]:
     key, top = KEYS[suite], TOPS.get(suite)
     found = {name: get(report, "models", name, key) or {} for name in names}
     if not any(found.values()):
         return []
     ceiling = finite(report.get("detector_ceiling")) if suite == "geneval" else None
-    cells = ""
+    whole = {name: found[name].get("overall") or {} for name in names}
+    best = leader(whole, lambda ours, theirs: _gap(report, ours, theirs, key))
+    cells = []
     for name in names:
-        cell = found[name].get("overall") or {}
-        bar = ""
-        if top is not None and cell:
-            score, low, high = (_share(cell.get(part), top) for part in ("score", "low", "high"))
-            bar = interval_bar((score, low, high), text(name), ceiling, _interval(cell, top))
-        shown = _range(cell, top) if cell else "<small>partial: no overall</small>"
-        cells += f"<td>{shown}{bar}{_paired(report, name, key, top)}</td>"
+        cell = whole[name]
+        if not cell:
+            cells.append(Cell("–", note="partial: no overall"))
+            continue
+        bar = _bar(cell, top, ceiling)
+        cells.append(Cell(score_of(cell.get("score"), top), _span(cell, top), _paired(report, name, key, top), bar,
+                          name == best))  # fmt: skip
+    true = score_of(ceiling, top) if ceiling is not None else ""
     rows = [
-        f'<tr class="overall"><th>{LABELS[suite]}, overall</th>{cells}<td></td>'
-        f"<td>{score_of(ceiling, top) if ceiling is not None else ''}</td></tr>"
-    ]
-    groups = list(dict.fromkeys(tag for name in names for tag in _groups(found[name])))
-    for tag in groups:
-        shown_cells = [_range(_groups(found[name]).get(tag) or {}, top) for name in names]
-        rows.append(table_row(tag.replace("_", " "), shown_cells, [], ["", ""]))
+        Row("overall", f"{LABELS[suite]}, overall", tuple(cells), true=true, better=UP, meaning=MEANINGS[suite])
+    ]  # fmt: skip
+    for tag in dict.fromkeys(tag for name in names for tag in _groups(found[name])):
+        parts = {name: _groups(found[name]).get(tag) or {} for name in names}
+        best = leader(parts)
+        shown = tuple(
+            Cell(score_of(part.get("score"), top), _span(part, top), best=name == best) for name, part in parts.items()
+        )
+        rows.append(Row("part", tag.replace("_", " "), shown, better=UP))
     return rows
 
 
-def _share(value: Any, top: float) -> float | None:
-    found = finite(value)
-    return None if found is None else found / top
+def leader(cells: Mapping[str, Mapping[str, Any]], gap: Any = lambda ours, theirs: None) -> str | None:
+    """The model that beats every other by more than chance; None where there is none.
+
+    Of two models the paired difference decides, ``gap(ours, theirs)`` -> (low, high) or None; without one, intervals
+    that do not overlap.
+    """
+    judged = {name: cell for name, cell in cells.items() if finite(cell.get("score")) is not None}
+    if len(judged) < 2:
+        return None
+    best = max(judged, key=lambda name: judged[name]["score"])
+
+    def beaten(other: str) -> bool:
+        paired = gap(best, other)
+        if paired is not None:
+            return bool(paired[0] > 0)
+        low, high = finite(judged[best].get("low")), finite(judged[other].get("high"))
+        return low is not None and high is not None and low > high
+
+    return best if all(beaten(name) for name in judged if name != best) else None
+
+
+def _gap(report: Report, ours: str, theirs: str, key: str) -> tuple[float, float] | None:
+    """The interval of our score minus theirs, where the report has that pair either way round."""
+    for pair, sign in ((f"{ours}-{theirs}", 1), (f"{theirs}-{ours}", -1)):
+        found = get(report, "paired", pair, key) or {}
+        ends = [finite(found.get(end)) for end in ("low", "high")]
+        if ends[0] is not None and ends[1] is not None:
+            low, high = sorted(sign * end for end in ends if end is not None)
+            return low, high
+    return None
+
+
+def _bar(cell: Mapping[str, Any], top: float | None, ceiling: float | None) -> Bar | None:
+    score, low, high = (finite(cell.get(key)) for key in ("score", "low", "high"))
+    if top is None or score is None:
+        return None
+    low, high = (None if end is None else end / top for end in (low, high))
+    return Bar(score / top, low, high, ceiling, f"{score_of(score, top)}, 95 % interval {_span(cell, top)}")
 
 
 def _groups(figures: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,85 +232,29 @@ def _groups(figures: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _interval(cell: Mapping[str, Any], top: float | None) -> str:
-    low, high = (score_of(cell.get(key), top) for key in ("low", "high"))
-    return f"{score_of(cell.get('score'), top)}, 95 % interval {low} to {high}"
-
-
-def _range(cell: Mapping[str, Any], top: float | None) -> str:
-    """``{"score", "low", "high"}`` as a score and its interval, or the score alone if the interval is missing."""
+def _span(cell: Mapping[str, Any], top: float | None) -> str:
+    """``[low, high]``, or nothing if the interval is missing."""
     if finite(cell.get("low")) is None or finite(cell.get("high")) is None:
-        return score_of(cell.get("score"), top)
-    low, high = score_of(cell["low"], top), score_of(cell["high"], top)
-    return f'{score_of(cell.get("score"), top)} <small class="range">[{low}, {high}]</small>'
+        return ""
+    return f"[{score_of(cell['low'], top)}, {score_of(cell['high'], top)}]"
 
 
 def _paired(report: Report, name: str, key: str, top: float | None) -> str:
     for pair, found in (report.get("paired") or {}).items():
         ours, _, theirs = pair.rpartition("-")
         if ours == name and isinstance(found, Mapping) and key in found:
-            shown, low, high = (score_of(found[key].get(part), top) for part in ("difference", "low", "high"))
-            return f"<small>vs {text(theirs)} {shown} [{low}, {high}]</small>"
-    return "<small>&nbsp;</small>"
+            return f"vs {theirs} {score_of(found[key].get('difference'), top)} {_span(found[key], top)}"
+    return ""
 
 
-def _fidelity_rows(report: Report, names: list[str]) -> list[str]:
+def _fidelity_rows(report: Report, names: list[str]) -> list[Row]:
     vae, real = (get(report, "fidelity_ceiling", key) or {} for key in ("vae", "real"))
     values = {name: get(report, "models", name, "fidelity") or {} for name in names}
     known = list(dict.fromkeys(key for name in names for key in (*values[name], *(vae if values[name] else ()))))
-    if not known:
-        return []
-    rows = [f'<tr class="group"><th colspan="{len(names) + 3}">Fidelity to true images</th></tr>']
+    rows = [Row("group", "Fidelity to true images")] if known else []
     for key in [key for key in MEASURES if key in known] + [key for key in known if key not in MEASURES]:
-        row = [values[name].get(key) for name in names]
-        label, goal = MEASURES.get(key, (LEFT.get(key, key.replace("_", " ")), None))
-        target = finite(real.get(key)) if goal is None else goal
-        best = closest(row, target) if key in MEASURES else []
-        ceilings = [number(vae.get(key)), number(real.get(key))]
-        rows.append(table_row(label, [number(value) for value in row], best, ceilings))
+        label, better, meaning = MEASURES.get(key, (key.replace("_", " "), NONE, ""))
+        cells = tuple(Cell(number(values[name].get(key))) for name in names)
+        alone, true = (number(one[key]) if key in one else "" for one in (vae, real))
+        rows.append(Row("measure", label, cells, alone, true, better, meaning))
     return rows
-
-
-def comparable(report: Report) -> str:
-    """Which published figures each suite's scores may be compared with, and why the others may not."""
-    found = report.get("comparable") or {}
-    parts = ""
-    for suite, statement in found.items():
-        reasons = "".join(f"<li>{text(reason)}</li>" for reason in statement.get("reasons") or [])
-        published = statement.get("published") or []
-        rows = "".join(
-            table_row(str(row.get("model", "")), [number(row.get("score")), text(row.get("source", ""))], [], [])
-            for row in published
-        )
-        shown = f"<table><tbody>{rows}</tbody></table>" if rows else ""
-        parts += (
-            f"<h3>{text(LABELS.get(suite, suite))}</h3><p>{text(statement.get('statement', ''))}</p>"
-            f"<ul>{reasons}</ul>{shown}"
-        )
-    return f'<h2>What these scores may be compared with</h2><div class="comparable">{parts}</div>' if parts else ""
-
-
-def provenance(report: Report) -> str:
-    """What decided each score: protocol, digests, versions, size, steps, guidance, seeds, what is missing."""
-    parts = ""
-    for name in model_names(report):
-        model = get(report, "models", name)
-        rows: list[tuple[str, Any]] = [("path", model.get("path")), ("digest", model.get("digest"))]
-        rows += list((model.get("generation") or {}).items())
-        for suite, key in KEYS.items():
-            for label, value in (get(model, key, "protocol") or {}).items():
-                rows.append((f"{LABELS[suite]}: {label}", value))
-            lost: Sequence[Any] = get(model, key, "missing") or ()
-            if get(model, key) is not None:
-                rows.append((f"{LABELS[suite]}: missing images", len(lost)))
-        listed = facts([(str(label).replace("_", " "), value) for label, value in rows])
-        if listed:
-            parts += f'<h3 class="name {text(name)}">{text(short_name(name))}</h3>{listed}'
-    truth = report.get("fidelity_reference") or {}
-    if truth:
-        rows = [(key.replace("_", " "), value) for key, value in truth.items()]
-        parts += (
-            f'<h3>Fidelity</h3>{facts(rows)}<p class="note">FID falls with the number of images and depends on the '
-            "reference: compare it within this report, not with published figures.</p>"
-        )
-    return f"<h2>What decided the scores</h2>{parts}" if parts else ""

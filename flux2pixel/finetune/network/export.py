@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flux2pixel import __version__
-from flux2pixel.finetune.log import Log
 from flux2pixel.finetune.network.checkpoint import State
 from flux2pixel.finetune.network.parallel import whole
 from flux2pixel.finetune.network.trainable import merged, split
+from flux2pixel.finetune.watch.log import Log
 from flux2pixel.models.base import Base
 from flux2pixel.models.folder import read_folder, write_folder
 from flux2pixel.recipe import Recipe, as_dict, dumps

@@ -20,6 +20,11 @@ from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.processes import Team
 
 
+def unit(settings: Finetune, world: int) -> int:
+    """Images of one process's forward."""
+    return settings.micro_batch or settings.batch // world
+
+
 def check_world(settings: Finetune, world: int) -> None:
     """Raise UsageError if the recipe is not meant for, or does not divide over, ``world`` processes."""
     if settings.processes not in (0, world):
@@ -29,10 +34,10 @@ def check_world(settings: Finetune, world: int) -> None:
         )
     if world % settings.replicas:
         raise UsageError(f"finetune: {world} processes do not divide into finetune.replicas = {settings.replicas}")
-    unit = settings.micro_batch or settings.batch // world
-    if unit == 0 or settings.batch % (unit * world):
+    each = unit(settings, world)
+    if each == 0 or settings.batch % (each * world):
         raise UsageError(
-            f"finetune: finetune.batch = {settings.batch} is not a multiple of {unit or 1} images x {world} processes"
+            f"finetune: finetune.batch = {settings.batch} is not a multiple of {each or 1} images x {world} processes"
         )
     if settings.frozen_int8 and (world > 1 or settings.trainable != "lora"):
         raise UsageError("finetune: finetune.frozen_int8 is for a LoRA training in one process; turn it off")

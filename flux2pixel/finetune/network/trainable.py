@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import log
 
 ADAPTER = "default"  # peft's own name for an adapter without one
 
@@ -105,20 +104,33 @@ def groups(network: nn.Module, base: Base, settings: Finetune) -> list[Group]:
     return [group for group in found if group.parameters]
 
 
+def optimizer_class(settings: Finetune) -> Any:
+    """AdamW, or torchao's with moments of 8 bits, which knows sharded parameters. UsageError if that is not there."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UsageError(
+            f"finetune.optimizer = adamw-8bit needs torchao ({error}); pip install 'flux2pixel[train]', or set adamw"
+        ) from error
+    return AdamW8bit
+
+
 def make_optimizer(network: nn.Module, groups: Sequence[Group], settings: Finetune) -> Optimizer:
-    """AdamW, betas (0.9, 0.95), no weight decay; 8-bit where bitsandbytes works, and a line where it does not."""
+    """The recipe's optimizer, betas (0.9, 0.95), no weight decay. Raises UsageError if its package is absent."""
     parameters = dict(network.named_parameters())
     table = [{"params": [parameters[n] for n in group.parameters], "lr": group.lr} for group in groups]
-    if settings.optimizer == "adamw-8bit":
-        try:
-            import bitsandbytes
+    made: Optimizer = optimizer_class(settings)(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return made
 
-            if not torch.cuda.is_available():
-                raise RuntimeError("there is no CUDA device")
-            return bitsandbytes.optim.AdamW8bit(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        except (ImportError, RuntimeError) as error:
-            log(f"finetune: 8-bit AdamW does not work here ({error}); AdamW in float32 is used instead")
-    return torch.optim.AdamW(table, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of an optimizer's group; torchao keeps it in a tensor that its compiled step reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

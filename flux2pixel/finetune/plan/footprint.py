@@ -6,20 +6,17 @@ autocast, checkpointing and autograd are the real ones, and what they keep alive
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch, Size
+from flux2pixel.data.encode import MAX_TEXT
 from flux2pixel.families.base import Conditioning
 from flux2pixel.families.configs import stock_config
 from flux2pixel.finetune.network import trainable
@@ -28,49 +25,7 @@ from flux2pixel.finetune.step.objective import LatentReference, Objective, Share
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
-
-MAX_TEXT = 512  # tokens; no family's pipeline takes more by default
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive, while the mode is on.
-
-    ``peak`` is the most of ``current`` minus what :meth:`exempt` took out, plus ``share`` of it: gradients, which a
-    sharded training keeps only a part of.
-    """
-
-    def __init__(self, share: float = 1.0):
-        super().__init__()
-        self.share, self.current, self.exempted, self.peak = share, 0, 0, 0
-        self._alive: dict[int, int] = {}
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never count these: what was there before."""
-        for tensor in tensors:
-            self._alive.setdefault(tensor.untyped_storage()._cdata, 0)
-
-    def exempt(self, tensor: Tensor) -> None:
-        """Count a tensor at ``share`` from now on."""
-        self.exempted += tensor.untyped_storage().nbytes()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        self._alive[key] = storage.nbytes()
-        self.current += storage.nbytes()
-        weakref.finalize(storage, self._free, key)
-        self.peak = max(self.peak, round(self.current - (1 - self.share) * self.exempted))
-
-    def _free(self, key: int) -> None:
-        self.current -= self._alive.pop(key, 0)
+from flux2pixel.runtime.meter import Meter, faked
 
 
 @dataclass(frozen=True)
@@ -115,23 +70,6 @@ def construct(base: Base, config: dict[str, Any], dtype: torch.dtype) -> Any:
             return base.network_class()(**stock_config(config))
     finally:
         torch.set_default_dtype(before)
-
-
-def faked(network: Any, mode: FakeTensorMode, low: torch.dtype | None = None) -> Any:
-    """Replace every meta tensor of ``network`` by a fake one that claims to be on the CPU, of dtype ``low`` if given.
-
-    In place; returns the network.
-    """
-    with mode:
-        for module in network.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=low or parameter.dtype)
-                    module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return network
 
 
 class Step:

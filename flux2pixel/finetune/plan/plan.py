@@ -15,9 +15,8 @@ from typing import Any
 
 from flux2pixel.data import Buckets, open_source
 from flux2pixel.data.cache import MANIFEST, Size, read_manifest
-from flux2pixel.data.encode import FIRST_SCENE, cache_folder
+from flux2pixel.data.encode import FIRST_SCENE, cache_folder, text_length
 from flux2pixel.data.sources import own_source
-from flux2pixel.families.configs import read_config
 from flux2pixel.families.known import KNOWN
 from flux2pixel.finetune.network import parallel
 from flux2pixel.finetune.plan import footprint
@@ -69,6 +68,7 @@ class Plan:
     unit: int
     parameters: Parameters
     memory: Memory
+    host: dict[str, int]
     disk: dict[str, int]
     images: int | None
     images_per_second: float | None
@@ -84,7 +84,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        return [*self._head(), *self._parameters(), *self._memory(), *self._disk(), *self._training(), *self.notes]
+        parts = (self._head(), self._parameters(), self._memory(), self._host(), self._disk(), self._training())
+        return [line for part in parts for line in part] + self.notes
 
     def _head(self) -> list[str]:
         settings = self.recipe.finetune
@@ -117,6 +118,11 @@ class Plan:
         lines.append(f"  the recipe: checkpointing {'on' if wanted else 'off'}, peak {peaks[wanted]:.3f} GiB")
         return lines
 
+    def _host(self) -> list[str]:
+        here = self.world // self.recipe.finetune.replicas
+        title = f"host memory of a machine with {here} process{'es' * (here > 1)} (GiB, the largest counts)"
+        return [title, *(f"  {name:<40}{size / GIB:>9.3f}" for name, size in self.host.items())]
+
     def _disk(self) -> list[str]:
         return ["disk (GiB)", *(f"  {name:<40}{size / GIB:>9.3f}" for name, size in self.disk.items())]
 
@@ -147,18 +153,32 @@ def plan(recipe: Recipe, run: Path, gpus: int = 1, images_per_second: float | No
     base, config, notes = architecture(recipe.base)
     built = footprint.build(base, config, settings)
     parameters = count_parameters(built)
-    text_tokens = _text_tokens(base)
+    text_tokens = text_length(base)
     accumulates = settings.batch > unit * world
     kept, gathered = _standing(built, world, accumulates)
     sizes = _sizes(recipe, run, base.patch_size)
     share = 0.0 if accumulates else settings.replicas / world
     added = _added(footprint.Step(built, gathered=world > 1), sizes, unit, share, text_tokens)
-    images, disk = _disk(recipe, run, base, config, parameters, text_tokens)
+    images, disk = _disk(recipe, run, built, parameters, text_tokens)
     source = "given"
     if images_per_second is None:
         images_per_second, source = _measured(run), "measured, from the log of this run"
     memory = Memory(kept, gathered, added, accumulates)
-    return Plan(recipe, world, unit, parameters, memory, disk, images, images_per_second, source, notes)
+    host = _host(built, parameters, world // settings.replicas)
+    return Plan(recipe, world, unit, parameters, memory, host, disk, images, images_per_second, source, notes)
+
+
+def _host(built: footprint.Network, parameters: Parameters, here: int) -> dict[str, int]:
+    """Bytes of host memory of ``here`` processes: each reads the whole network before it is sharded or moved."""
+    trained = sum(count for count, _ in parameters.trained.values())
+    network = sum(p.nbytes for p in [*built.network.parameters(), *built.network.buffers()])
+    reference = 0 if built.reference is None else sum(p.nbytes for p in built.reference.parameters())
+    width = 2 if built.settings.trainable == "lora" else 4
+    # The leading process writes: averages and last weights, the model they go into, and one merged copy of it.
+    return {
+        "while weights are read": here * max(network, reference),
+        "while the model is written": 8 * trained + 2 * width * parameters.total,
+    }
 
 
 def architecture(name: str) -> tuple[Base, dict[str, Any], list[str]]:
@@ -186,20 +206,31 @@ def _standing(built: footprint.Network, world: int, accumulates: bool) -> tuple[
     # 8-bit weights are buffers.
     frozen = sum(p.nbytes for p in [*parameters, *built.network.buffers()] if not p.requires_grad)
     reference = [] if built.reference is None else list(built.reference.parameters())
-    eight_bit = settings.optimizer == "adamw-8bit"
     kinds = {
         "weights, frozen": frozen,
         "weights, trained": 4 * trained,
         "reference": sum(p.nbytes for p in reference),
         "gradients": 4 * trained,
-        f"optimizer ({settings.optimizer})": (2 if eight_bit else 8) * trained,
         "weight average": 4 * trained,
     }
     kept = {name: -(-size // shards) for name, size in kinds.items()}
+    kept[f"optimizer ({settings.optimizer})"] = _moments(built, shards)
     if accumulates and shards > 1:
         kept["gradients, unsharded"] = 4 * trained  # summed over the forwards before they are reduced
     gathered = _gathered(built, 2 if settings.precision == "bf16" else 4) if world > 1 else 0
     return kept, gathered
+
+
+def _moments(built: footprint.Network, shards: int) -> int:
+    """Bytes of the optimizer's two moments on one process.
+
+    torchao keeps one in a byte a number, a float32 scale for 256 of them and a table of 256 values; in float32 where
+    this process's part is small or no multiple of 256.
+    """
+    parts = [-(-p.numel() // shards) for p in built.network.parameters() if p.requires_grad]
+    if built.settings.optimizer == "adamw":
+        return sum(8 * part for part in parts)
+    return sum(2 * (part + part // 64 + 1024) if part >= 4096 and part % 256 == 0 else 8 * part for part in parts)
 
 
 def _gathered(built: footprint.Network, width: int) -> int:
@@ -240,21 +271,14 @@ def _added(
     return {size: (round(plain * part), round(less * part)) for size, part in shares.items()}
 
 
-def _text_tokens(base: Base) -> int:
-    """Tokens of a prompt: the most that the family takes, or fewer if the tokenizer says so."""
-    path = base.folder / "tokenizer" / "tokenizer_config.json"
-    if not path.is_file():
-        return footprint.MAX_TEXT
-    return min(footprint.MAX_TEXT, int(read_config(path).get("model_max_length", footprint.MAX_TEXT)))
-
-
 def _disk(
-    recipe: Recipe, run: Path, base: Base, config: dict[str, Any], parameters: Parameters, text_tokens: int
+    recipe: Recipe, run: Path, built: footprint.Network, parameters: Parameters, text_tokens: int
 ) -> tuple[int | None, dict[str, int]]:
     """How many images, if known, and bytes on disk by kind."""
+    base, config = built.base, built.config
     settings = recipe.finetune
     trained = sum(count for count, _ in parameters.trained.values())
-    state = (4 + 4 + (2 if settings.optimizer == "adamw-8bit" else 8)) * trained
+    state = (4 + 4) * trained + _moments(built, 1)
     images, made = _images(recipe), {}
     folder = cache_folder(recipe, run)
     if (folder / MANIFEST).is_file():

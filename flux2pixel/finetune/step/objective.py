@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Generator, Tensor, nn
 
 from flux2pixel.asymflow import schedule
+from flux2pixel.asymflow.denoiser import denoise
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch
 from flux2pixel.families.base import Conditioning
@@ -81,11 +82,12 @@ class Objective:
 
     def predict(self, network: nn.Module, batch: Batch, x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """x0_hat (B, N, D) float32 of the trained network."""
-        x_t = torch.lerp(x0, eps, sigma.view(-1, 1, 1))
-        k, tau = self.flow.calibrate(sigma)
-        with autocast(x0.device, self.settings.precision):
-            v = self.base.call(network, k.view(-1, 1, 1) * x_t, tau, batch.conditioning, batch.grid)
-        return self.flow.predict_x0(v.float(), x_t, sigma)
+
+        def call(tokens: Tensor, tau: Tensor) -> Tensor:
+            with autocast(x0.device, self.settings.precision):
+                return self.base.call(network, tokens, tau, batch.conditioning, batch.grid)
+
+        return denoise(self.flow, call, torch.lerp(x0, eps, sigma.view(-1, 1, 1)), sigma)
 
     @torch.no_grad()
     def error(self, batch: Batch, sigma: Tensor, eps: Tensor) -> Tensor | None:
@@ -153,10 +155,12 @@ def seeded(device: torch.device, *key: int) -> Generator:
 
 
 def draw(batch: Batch, seed: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Noise levels (B,) and noise (B, N, D) of a batch: of its number in the data's order, whatever process has it."""
+    """Noise levels (B,) and noise (B, N, D) of a batch: of its number in the data's order, whatever process has it.
+
+    ``shift`` is that of an image of 1024 x 1024 pixels; smaller ones are trained at less.
+    """
     device = batch.rgb.device
     generator = seeded(device, seed, NOISE, batch.number)
     count, (h, w) = len(batch.rgb), batch.grid
-    side = batch.patch_size * (h * w) ** 0.5
-    sigma = schedule.draw(count, shift * side / 1024, generator)
+    sigma = schedule.draw(count, schedule.shift_at(shift, *batch.rgb.shape[-2:]), generator)
     return sigma, torch.randn(count, h * w, 3 * batch.patch_size**2, generator=generator, device=device)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from flux2pixel.data.cache import Batch
 from flux2pixel.finetune.network.checkpoint import State
 from flux2pixel.finetune.network.parallel import local, sync_gradients, whole
-from flux2pixel.finetune.network.trainable import Group, make_optimizer
+from flux2pixel.finetune.network.trainable import Group, make_optimizer, set_rate
 from flux2pixel.finetune.step.ema import PowerEma
 from flux2pixel.finetune.step.objective import DROPOUT, Objective, draw, seeded
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError
 from flux2pixel.runtime.processes import Team
+from flux2pixel.runtime.progress import log
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stepped:
     grad_norm: float
     lr: float
     stop: bool
+    skipped: tuple[str, ...] = ()  # images of a step that was left out, because a loss or gradient was not finite
 
 
 class Stop:
@@ -71,7 +73,7 @@ class Trainer:
         self.network, self.objective = network, objective
         self.groups = groups
         optimizer = make_optimizer(network, groups, self.settings)
-        self.state = State(network, optimizer, PowerEma(network, self.settings.ema_gamma))
+        self.state = State(network, optimizer, PowerEma(network, self.settings.ema_gamma), groups)
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.stop = Stop()
         network.train()
@@ -79,7 +81,8 @@ class Trainer:
     def advance(self, batches: list[Batch]) -> Stepped:
         """One step on this process's micro-batches.
 
-        Raises Flux2PixelError in every process, before the weights change, if a loss or a gradient is not finite.
+        If a loss or a gradient is not finite the weights, the optimizer and the average stay as they are, and the step
+        only counts. More than ``finetune.skip_limit`` such steps in a row raise Flux2PixelError in every process.
         """
         settings, state = self.settings, self.state
         lr = self._set_rates()
@@ -89,14 +92,16 @@ class Trainer:
         mean = parts.mean(0).tolist()
         bad = not (math.isfinite(norm) and bool(parts.isfinite().all()))
         *sums, bad_count, stops = self.team.sum([*mean, bad, bool(self.stop.signal)])
+        loss, regression, seen, lam = (total / self.team.world for total in sums)
         if bad_count:
-            self._abort(batches, parts[:, 0], norm)
+            skipped = self._skip(batches, parts[:, 0], norm)
+            return Stepped(loss, regression, seen, lam, norm, lr, bool(stops), skipped)
+        state.skipped = 0
         if state.step >= settings.clip_start and norm > settings.clip:
             torch._foreach_mul_([local(p.grad) for p in self.trained if p.grad is not None], settings.clip / norm)
         state.optimizer.step()
         (state.ema.update if state.step >= settings.ema_start else state.ema.follow)(self.network)
         state.step += 1
-        loss, regression, seen, lam = (total / self.team.world for total in sums)
         return Stepped(loss, regression, seen, lam, norm, lr, bool(stops))
 
     def _backward(self, batch: Batch, count: int, last: bool) -> Tensor:
@@ -116,16 +121,26 @@ class Trainer:
         if settings.schedule == "sqrt":
             factor *= math.sqrt(max(0.0, 1 - step / settings.steps))
         for group, table in zip(self.groups, self.state.optimizer.param_groups, strict=True):
-            table["lr"] = group.lr * factor
+            set_rate(table, group.lr * factor)
         return settings.lr * factor
 
-    def _abort(self, batches: list[Batch], losses: Tensor, norm: float) -> None:
-        """Tell every process the files of all micro-batches whose loss is not finite; of all if only gradients are."""
+    def _skip(self, batches: list[Batch], losses: Tensor, norm: float) -> tuple[str, ...]:
+        """Leave the step out; its images: of all micro-batches whose loss is not finite, or of all if only gradients
+        are. Every process knows them, and raises Flux2PixelError past the limit."""
         mine = [(name, loss) for batch, loss in zip(batches, losses.tolist(), strict=True) for name in batch.names]
         everyone = [pair for pairs in self.team.gather(mine) for pair in pairs]
         guilty = [name for name, loss in everyone if not math.isfinite(loss)] or [name for name, _ in everyone]
         shown = ", ".join(guilty[:20]) + (f" and {len(guilty) - 20} more" if len(guilty) > 20 else "")
-        raise Flux2PixelError(
-            f"finetune: loss or gradient not finite at step {self.state.step} (gradient norm {norm:g}); stopped before "
-            f"the step, checkpoints are as they were; images: {shown}"
-        )
+        what = f"finetune: loss or gradient not finite at step {self.state.step} (gradient norm {norm:g})"
+        if self.state.skipped >= self.settings.skip_limit:
+            before = f" after {self.state.skipped} left out in a row (finetune.skip_limit)" * bool(self.state.skipped)
+            raise Flux2PixelError(
+                f"{what}{before}; stopped before the step, checkpoints are as they were; leave bad images out by "
+                f"data.exclude; images: {shown}"
+            )
+        self.state.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.skipped += 1
+        if self.team.leads:
+            log(f"{what}; the step is left out; images: {shown}")
+        return tuple(guilty)

@@ -1,6 +1,9 @@
-"""Fidelity to a folder of true images of any size, read one by one, with the networks whose weights are there.
+"""A set of true images, and the fidelity of other images to it.
 
 n  images    d  feature width    p  the model's patch size
+
+The images come from anything with the four words of `Source`: a user's own folder (`TrueImages`), or what a base's
+plug-in renders. They are read one by one, and by the networks whose weights are there.
 """
 
 from __future__ import annotations
@@ -8,23 +11,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from flux2pixel.data import Unreadable, open_source
 from flux2pixel.data.buckets import Placement, fit
 from flux2pixel.data.decode import decode, read_bytes
-from flux2pixel.evaluate.fidelity import distances as features
-from flux2pixel.evaluate.fidelity import streamed
+from flux2pixel.evaluate.fidelity import distances, measures
 from flux2pixel.evaluate.fidelity.networks import Distance, Features, Networks
 from flux2pixel.evaluate.suite import Rgb, Sample, batches, read_rgb
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.progress import bar, log
 
 BATCH = 16
+AREA = 2**20  # pixels that go through a VAE at once
 CROPS = 4  # of each image, for patch-FID
 CROP = 299  # pixels: Inception's own input, so that nothing is resampled
+SMALL = 64  # pixels of the short side up to which features of patches stand beside those of photographs
+
+
+class Source(Protocol):
+    """True images of one size, at most ``count``, the same ones each time it is read."""
+
+    count: int
+    size: tuple[int, int]  # (height, width)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the images and their size."""
+
+    def __iter__(self) -> Iterator[Rgb]:
+        """Read them in order."""
 
 
 def crops(image: Rgb, seed: int) -> list[Rgb]:
@@ -39,7 +57,7 @@ def crops(image: Rgb, seed: int) -> list[Rgb]:
 class TrueImages:
     """The first ``count`` usable images of a source (a folder, or anything `open_source` reads), cropped to a size.
 
-    Images are scaled down and cut at the centre to ``size`` (width, height). Smaller ones are left out and counted:
+    Images are scaled down and cut at the centre to ``size`` (height, width). Smaller ones are left out and counted:
     scaled up they would pass blur for truth. Raises UsageError if the source is not there or fewer than two are left.
     """
 
@@ -51,10 +69,10 @@ class TrueImages:
         return (image for _, image in self._usable())
 
     def _usable(self) -> Iterator[tuple[str, Rgb]]:
-        width, height = self.size
-        left = 0
+        height, width = self.size
+        used = 0
         for record in self._source.records():
-            if left == self.count:
+            if used == self.count:
                 return
             try:
                 if isinstance(record.content, Unreadable):
@@ -65,7 +83,7 @@ class TrueImages:
                 continue
             scale = max(width / picture.width, height / picture.height)
             if scale <= 1:
-                left += 1
+                used += 1
                 yield digest, fit(picture, Placement((height, width), scale, 0.0))
 
     @cached_property
@@ -75,7 +93,7 @@ class TrueImages:
         if len(found) < 2:
             raise UsageError(
                 f"reference {self.spec}: holds {len(found)} readable images of at least "
-                f"{self.size[0]}x{self.size[1]} pixels; fidelity needs 2, and FID thousands"
+                f"{self.size[1]}x{self.size[0]} pixels; fidelity needs 2, and FID thousands"
             )
         if len(found) < self.count:
             log(f"reference {self.spec}: {len(found)} usable images, {self.count} asked for (eval.fidelity_images)")
@@ -83,9 +101,9 @@ class TrueImages:
 
 
 class TrueSet:
-    """A reference opened: its summary and features are computed once, when first needed."""
+    """A source opened: its summary and features are computed once, when first needed."""
 
-    def __init__(self, images: TrueImages, patch: int, networks: Callable[[], Networks]):
+    def __init__(self, images: Source, patch: int, networks: Callable[[], Networks] = Networks):
         self._images, self._patch, self._open = images, patch, networks
 
     @cached_property
@@ -93,36 +111,49 @@ class TrueSet:
         return self._open()
 
     @cached_property
-    def _truth(self) -> tuple[streamed.Summary, dict[str, Features]]:
+    def _small_basis(self) -> Features | None:
+        """Components of the reference's patches, for features of small images; None for large ones."""
+        if min(self._images.size) > SMALL:
+            return None
+        return measures.leading(
+            measures.summarise(self._images, self._patch).patches, self._patch, distances.COMPONENTS
+        )
+
+    @cached_property
+    def _truth(self) -> tuple[measures.Summary, dict[str, Features]]:
         return self._read("reference", self._images, self._images.count)
 
-    def _read(self, what: str, images: Iterable[Rgb], count: int) -> tuple[streamed.Summary, dict[str, Features]]:
-        """Summary and features (n, d) of a set, read once."""
-        rows: dict[str, list[Features]] = {"fid": [], "patch_fid": []}
-        extract = self._networks.inception
+    def _read(self, what: str, images: Iterable[Rgb], count: int) -> tuple[measures.Summary, dict[str, Features]]:
+        """Summary and features (n, d) of a set, read once: of patches, of Inception, and of Inception on crops."""
+        rows: dict[str, list[Features]] = {"": [], "inception_": [], "patch_fid": []}
+        extract, basis = self._networks.inception, self._small_basis
 
         def through() -> Iterator[Rgb]:
             seen = 0
             with bar(f"fidelity {what}", count, unit="images") as progress:
                 for group in batches(images, BATCH):
+                    if basis is not None:
+                        rows[""].append(distances.patch_features(group, basis, self._patch))
                     if extract is not None:
-                        rows["fid"].append(extract(group))
+                        rows["inception_"].append(extract(group))
                         parts = [crop for i, image in enumerate(group) for crop in crops(image, seen + i)]
                         rows["patch_fid"] += [extract(part) for part in batches(parts, BATCH)]
                     seen += len(group)
                     yield from group
                     progress.advance(len(group))
 
-        summary = streamed.summarise(through(), self._patch)
+        summary = measures.summarise(through(), self._patch)
         return summary, {name: np.concatenate(found) for name, found in rows.items() if found}
 
     def _compare(self, what: str, images: Iterable[Rgb], count: int) -> dict[str, float]:
         summary, seen = self._read(what, images, count)
         truth, known = self._truth
-        found = streamed.measure(summary, truth)
-        if seen:
-            found |= {f"inception_{k}": v for k, v in features.distances(seen["fid"], known["fid"]).items()}
-            found["patch_fid"] = features.fid(seen["patch_fid"], known["patch_fid"])
+        found = measures.measure(summary, truth)
+        for prefix in ("", "inception_"):
+            if prefix in seen:
+                found |= {f"{prefix}{k}": v for k, v in distances.distances(seen[prefix], known[prefix]).items()}
+        if "patch_fid" in seen:
+            found["patch_fid"] = distances.fid(seen["patch_fid"], known["patch_fid"])
         return found
 
     def measure(self, name: str, samples: Sequence[Sample], pairs: Sequence[Sample] = ()) -> dict[str, float]:
@@ -140,20 +171,29 @@ class TrueSet:
             found |= both.figures("to_first")
         return found
 
-    def ceilings(self, rebuild: Callable[[Rgb], Rgb] | None) -> dict[str, dict[str, Any]]:
-        """The reference's own grid and grain, and the fidelity of its images ``rebuild``-ed by the base VAE."""
-        found = {"real": streamed.absolute(self._truth[0])}
+    def ceilings(
+        self, rebuild: Callable[[Sequence[Rgb]], Sequence[Rgb]] | None, others: Source | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """What true images score against others of their kind, and what is left of them behind the base's VAE.
+
+        ``others`` are true images beside the set's own; without them ``real`` has the measures that need no reference.
+        ``rebuild`` is the VAE's reconstruction of images of one size, of ``others`` or else of the set itself.
+        """
+        if others is None:
+            found = {"real": measures.absolute(self._truth[0])}
+        else:
+            found = {"real": self._compare("true images", others, others.count)}
         if rebuild is None:
             return found
-        both = Pairs(self._networks.lpips)
+        both, images = Pairs(self._networks.lpips), others or self._images
 
         def rebuilt() -> Iterator[Rgb]:
-            for group in batches(self._images, BATCH):
-                made = [rebuild(image) for image in group]
+            for group in batches(images, max(1, min(BATCH, AREA // (images.size[0] * images.size[1])))):
+                made = rebuild(group)
                 both.add(made, group)
                 yield from made
 
-        found["vae"] = self._compare("VAE", rebuilt(), self._images.count)
+        found["vae"] = self._compare("VAE", rebuilt(), images.count)
         found["vae"] |= both.figures("reconstruction")
         return found
 
@@ -168,7 +208,7 @@ class Pairs:
 
     def add(self, ours: Sequence[Rgb], theirs: Sequence[Rgb]) -> None:
         """Take pairs of one size."""
-        self._ratios += [features.psnr(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
+        self._ratios += [distances.psnr(a, b) for a, b in zip(ours, theirs, strict=True)]
         if self._lpips is not None:
             self._distances += self._lpips(ours, theirs)
 

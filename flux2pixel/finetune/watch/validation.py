@@ -53,10 +53,9 @@ class Validation:
 
     @property
     def edges(self) -> list[float]:
-        """Noise levels between the strata, BINS + 1."""
-        levels = schedule.shift(
-            torch.linspace(0, 1, BINS + 1), self.recipe.finetune.shift * self.recipe.data.resolution / 1024
-        )
+        """Noise levels between the strata, BINS + 1, of the most filled bucket."""
+        factor = schedule.shift_at(self.recipe.finetune.shift, *self.cache.buckets[0])
+        levels = schedule.shift(torch.linspace(0, 1, BINS + 1), factor)
         return [round(level, 4) for level in levels.tolist()]
 
     @torch.no_grad()
@@ -86,7 +85,7 @@ class Validation:
         generator = seeded(device, self.recipe.seed, VALIDATION, batch.number, stratum)
         x0 = batch.pixels()
         t = (stratum + torch.rand(len(x0), generator=generator, device=device)) / BINS
-        sigma = schedule.shift(t, settings.shift * batch.patch_size * (batch.grid[0] * batch.grid[1]) ** 0.5 / 1024)
+        sigma = schedule.shift(t, schedule.shift_at(settings.shift, *batch.rgb.shape[-2:]))
         eps = torch.randn(x0.shape, generator=generator, device=device)
         x0_hat = self.objective.predict(network, batch, x0, sigma, eps)
         return flow_matching(x0, x0_hat, sigma, settings.sigma_min)

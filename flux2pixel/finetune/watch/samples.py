@@ -8,30 +8,38 @@ from typing import Any
 import numpy as np
 import torch
 
+from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.base import Conditioning, take
-from flux2pixel.models.base import Base
+from flux2pixel.finetune.prepare import Source
 from flux2pixel.models.model import PixelModel, seeded_noise, to_bytes
+from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import files
 
-TEXT = "prompts.safetensors"
 
-
-def encode_prompts(base: Base, prompts: tuple[str, ...], folder: Path) -> None:
-    """Embed the prompts, and the empty one last, into ``folder``, so that no training process needs the encoder."""
-    from safetensors.torch import save_file
-
-    conditioning = {name: value.contiguous() for name, value in base.text([*prompts, ""]).items()}
-    files.write(folder / TEXT, lambda temporary: save_file(conditioning, temporary))
+def sample_model(source: Source, flow: AsymFlow, recipe: Recipe) -> PixelModel:
+    """What draws with a network in training, on the device of ``flow``."""
+    # What a finetune teaches has no latent counterpart, so nothing is lost by keeping its colours on the screen.
+    sampler = source.stored.sampler.changed({"gamut_clamp": True}).changed(recipe.sample)
+    return PixelModel(source.base, sampler, source.stored.codec, flow=flow)
 
 
 class Samples:
-    """Draws the prompts of :func:`encode_prompts` with a network in training."""
+    """Draws the prompts whose embeddings are ``text``, that of the empty prompt last, with a network in training."""
 
-    def __init__(self, folder: Path, model: PixelModel, size: tuple[int, int], seed: int, device: torch.device):
-        tensors, _ = files.read_tensors(folder / TEXT)
+    def __init__(
+        self,
+        folder: Path,
+        model: PixelModel,
+        text: Conditioning,
+        size: tuple[int, int],
+        seed: int,
+        device: torch.device,
+    ):
         self.folder, self.model, self.size = folder, model, size
-        self.conditioning: Conditioning = {name: value.to(device) for name, value in tensors.items()}
-        count = len(next(iter(tensors.values()))) - 1
+        self.conditioning: Conditioning = {
+            name: (value.float() if value.is_floating_point() else value).to(device) for name, value in text.items()
+        }
+        count = len(next(iter(text.values()))) - 1
         tokens = (size[0] // model.codec.patch) * (size[1] // model.codec.patch)
         self.noise = seeded_noise([(seed, i) for i in range(count)], tokens, 3 * model.codec.patch**2).to(device)
 
@@ -49,14 +57,15 @@ class Samples:
         network.train(training)
         return np.concatenate(images)
 
-    def write(self, images: np.ndarray, step: int) -> None:
-        """Write the row of images of ``step``, and the contact sheet of all rows so far."""
+    def write(self, images: np.ndarray, step: int) -> Path:
+        """Write the row of images of ``step``, and the contact sheet of all rows so far; returns the row's path."""
         from PIL import Image
 
         path = self.folder / f"step-{step:08d}.png"
         row = Image.fromarray(np.concatenate(list(images), axis=1))
         files.write(path, lambda temporary: row.save(temporary, format="png"))
         contact_sheet(self.folder)
+        return path
 
     def forget_after(self, step: int) -> None:
         """Delete the rows of steps after ``step``: they are from before a kill."""
