@@ -24,13 +24,13 @@ from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.asymflow.readout import Readout
 from flux2pixel.convert.run import convert
-from flux2pixel.evaluate.fidelity import reference
+from flux2pixel.evaluate.fidelity.truth import TrueSet
 from flux2pixel.evaluate.geneval.verdict import judge
 from flux2pixel.evaluate.statistics import tag_mean_interval
 from flux2pixel.miniature import detector, world
+from flux2pixel.miniature.truth import Renders
 from flux2pixel.models.features import Features
 from flux2pixel.models.model import open_model, to_bytes
-from flux2pixel.readout.report import grid_ratio
 from flux2pixel.readout.run import SUMS, fit_readout
 from flux2pixel.readout.solve import Fit, fit
 from flux2pixel.readout.sums import Sums, read_sums
@@ -39,8 +39,17 @@ from flux2pixel.subspace.run import fit_subspace
 
 ROWS, SAMPLES, SIDE, PATCH = world.EVAL_METADATA, 4, 32, 8
 GRID = (SIDE // PATCH, SIDE // PATCH)
-FIGURES = ("texture_frechet", "patch_frechet", "fid", "spectrum_high", "blockiness", "precision", "recall")
-TRUTH = reference.Truth([dict(row) for row in ROWS], len(ROWS) * SAMPLES)
+FIGURES = (
+    "texture_frechet",
+    "patch_frechet",
+    "fid",
+    "spectrum_high",
+    "blockiness",
+    "blockiness_second",
+    "precision",
+    "recall",
+)
+TRUTH = TrueSet(Renders([dict(row) for row in ROWS], len(ROWS) * SAMPLES), PATCH)
 LADDER = {
     "converted": (),
     "offset": ("offset",),
@@ -140,10 +149,8 @@ def by_tag(shares: list[float]) -> dict[str, list[float]]:
 def column(images: np.ndarray) -> dict[str, Any]:
     """Figures of one model's images and its verdicts."""
     spread = images.reshape(len(ROWS), SAMPLES, SIDE, SIDE, 3).swapaxes(0, 1).reshape(images.shape)
-    measured = TRUTH._measure(spread)
-    unit = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+    measured = TRUTH._compare("images", list(spread), len(spread))
     found = {name: float(measured[name]) for name in FIGURES}
-    found |= {"grid_first": grid_ratio(unit, PATCH, 1), "grid_second": grid_ratio(unit, PATCH, 2)}
     return found | {"verdicts": verdicts(images)}
 
 
@@ -201,7 +208,7 @@ def table(report: dict[str, Any]) -> str:
         low, high = row["geneval_less_base"][1:]
         cells = [f"{row['geneval'][0]:.3f}", f"{row['geneval_less_base'][0]:+.3f} [{low:+.3f}, {high:+.3f}]"]
         cells += [f"{row[key][0]:.4f}" if "frechet" in key or key == "fid" else f"{row[key][0]:.3f}" for key in names]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['grid_second'][0]:.2f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['blockiness_second'][0]:.2f} |")
     return "\n".join(lines) + "\n"
 
 
