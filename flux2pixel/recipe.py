@@ -70,6 +70,28 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """``[readout]``: what the subspace leaves out, fitted in closed form to the frozen network's features."""
+
+    parts: tuple[str, ...] = option(
+        ("head", "offset", "prior", "last"),
+        "head (in the out-projection's weights) | offset | prior (of the texture) | last (step over neighbours)",
+        choices=("head", "offset", "prior", "last"),
+    )
+    source: str = option("", "images, as fit_subspace.source; empty = the base draws them itself")
+    prompts: str = option("", "text file of prompts, one a line, for images that the base draws; empty = no prompt")
+    images: int = option(2000, "images to fit on, the source's first; 0 = all", low=0)
+    resolution: int = option(0, "images are scaled to about this squared; 0 = the model's own size", low=0)
+    batch: int = option(4, "images per batch", low=1)
+    max_broken: int = option(100, "unreadable images that are skipped; one more fails the run", low=0)
+    window: int = option(3, "side of the neighbourhood that the last step sees, in tokens; odd", low=1)
+    directions: int = option(512, "leading directions of the features that the last step sees, where there are more")
+    ridge: float = option(1e-2, "penalty, as a share of the features' mean square", above=0)
+    levels: float = option(0.3, "noise level up to which the detail head is fitted", above=0, high=1)
+    precision: str = option("bf16", "bf16 | fp32 | fp64, of the network's forward", choices=("bf16", "fp32", "fp64"))
+
+
+@dataclass(frozen=True)
 class Data:
     """``[data]``: the training images, and the cache of what is computed from them once."""
 
@@ -206,6 +228,7 @@ class Recipe:
     device: str = option("auto", "auto | cuda | mps | xpu | cpu", choices=("auto", "cuda", "mps", "xpu", "cpu"))
     fit_subspace: FitSubspace = FitSubspace()
     convert: Convert = Convert()
+    readout: Readout = Readout()
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()

@@ -20,6 +20,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 # mix(conditional, unconditional, scale): guidance on v as a family does it.
 Mix = Callable[[Tensor, Tensor, float], Tensor]
+# refine(x0_hat, x, sigma, final): the clean prediction with a readout's parts in it.
+Refine = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def denoise(flow: AsymFlow, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
@@ -47,6 +49,8 @@ class Denoiser:
         orthogonal: guide on x0_hat instead, without the component parallel to it (method: AsymFlow section 6;
             Sadat et al., 2410.02416).
         clamp: applied to every x0_hat, such as to the gamut.
+        readout: what a closed-form readout makes of a recovered x0_hat, ``readout(x0_hat, x, sigma, final)``; see
+            :meth:`flux2pixel.asymflow.readout.Readout.bind`.
     """
 
     branches: Branches
@@ -55,6 +59,7 @@ class Denoiser:
     mix: Mix = plain
     orthogonal: bool = False
     clamp: Callable[[Tensor], Tensor] | None = None
+    readout: Refine | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, final: bool = False) -> Tensor:
         """x0_hat (B, N, C) at noise level ``sigma``; ``final``: no evaluation follows in this sampling."""
@@ -71,6 +76,8 @@ class Denoiser:
             x0 = guide(clean, other, self.guidance, orthogonal=True)
         else:
             x0 = self._recover(self.mix(v, away, self.guidance), x, sigma)
+        if self.readout is not None:
+            x0 = self.readout(x0, x, sigma, final)
         return x0 if self.clamp is None else self.clamp(x0)
 
     def _recover(self, v: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

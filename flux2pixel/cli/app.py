@@ -16,6 +16,7 @@ from flux2pixel.cli.doctor import doctor_command
 from flux2pixel.cli.evaluate import eval_command
 from flux2pixel.cli.export import export_command
 from flux2pixel.cli.finetune import finetune_command
+from flux2pixel.cli.fit_readout import fit_readout_command
 from flux2pixel.cli.fit_subspace import compare_command, export_subspace_command, fit_subspace_command
 from flux2pixel.cli.generate import generate_command
 from flux2pixel.cli.inspect import inspect_command
@@ -30,6 +31,7 @@ COMMANDS = (
     (STAGES, "run", run_all, "run --base flux2-klein-4b --images photos/"),
     (STAGES, "fit-subspace", fit_subspace_command, "fit-subspace --base flux2-klein-4b --images photos/"),
     (STAGES, "convert", convert_command, "convert --base flux2-klein-4b"),
+    (STAGES, "fit-readout", fit_readout_command, "fit-readout --base flux2-klein-4b --images photos/"),
     (STAGES, "verify", verify_command, "verify runs/flux2-klein-4b/converted"),
     (STAGES, "cache", cache_command, "cache --base flux2-klein-4b --images photos/ --gpus 8"),
     (STAGES, "finetune", finetune_command, "finetune --base flux2-klein-4b --images photos/ --gpus 8"),

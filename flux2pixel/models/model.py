@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from torch import Tensor
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.readout import Readout
 from flux2pixel.asymflow.schedule import noise_levels
 from flux2pixel.asymflow.solvers import SOLVERS, OnStep, sample
 from flux2pixel.families.base import Conditioning, Reference
 from flux2pixel.models.base import Base, open_base
+from flux2pixel.models.features import Features
 from flux2pixel.models.folder import is_pixel_folder, read_folder
 from flux2pixel.models.sampler import Sampler, base_sampler, check_guidance
 from flux2pixel.recipe import Sample
@@ -161,13 +164,20 @@ class Model(ABC):
     def _reference(self, picture: Tensor) -> Reference:
         """A picture to edit, sRGB (B, 3, H', W'), as the network takes it."""
 
-    def _branches(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Any:
-        """The network with its conditionings, autocast to bf16; v in float32."""
+    def _branches(
+        self,
+        text: Conditioning,
+        empty: Conditioning,
+        size: Size,
+        known: list[Reference],
+        features: Features | None = None,
+    ) -> Any:
+        """The network with its conditionings, autocast to bf16; v in float32. ``features`` are kept of every call."""
         network, patch, scale = self.transformer, self.codec.patch, self.sampler.guidance
         grid = (size[0] // patch, size[1] // patch)
 
         def branches(inputs: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
-            with torch.autocast(inputs.device.type, torch.bfloat16):
+            with torch.autocast(inputs.device.type, torch.bfloat16), features or nullcontext():
                 v, away = self.base.branches(network, inputs, time, text, empty, scale, grid, known)
             return v.float(), None if away is None else away.float()
 
@@ -179,6 +189,7 @@ class PixelModel(Model):
     """A converted, read-out or finetuned folder."""
 
     flow: AsymFlow = field(kw_only=True)
+    readout: Readout | None = field(default=None, kw_only=True)
 
     def levels(self, size: Size) -> Tensor:
         """Pixel noise levels, (steps + 1,)."""
@@ -186,13 +197,19 @@ class PixelModel(Model):
         return noise_levels(self.sampler.steps, self.sampler.shift, *size)
 
     def _denoiser(self, text: Conditioning, empty: Conditioning, size: Size, known: list[Reference]) -> Denoiser:
+        features, refine = None, None
+        if self.readout is not None:
+            grid = (size[0] // self.codec.patch, size[1] // self.codec.patch)
+            features = Features(self.base, self.transformer, grid[0] * grid[1])
+            refine = self.readout.to(self.device).bind(grid, features.conditional)
         return Denoiser(
-            self._branches(text, empty, size, known),
+            self._branches(text, empty, size, known, features),
             self.flow.to(self.device),
             self.sampler.guidance,
             self.base.guide,
             self.sampler.orthogonal,
             (lambda x0: self.codec.clamp(x0, *size)) if self.sampler.gamut_clamp else None,
+            refine,
         )
 
     def _start(self, noise: Tensor) -> Tensor:
@@ -263,7 +280,8 @@ def open_model(
     if is_pixel_folder(base.folder):
         stored = read_folder(base.folder)
         sampler = check_guidance(base, stored.sampler.changed(written), written)
-        return PixelModel(base, sampler, stored.codec, flow=stored.flow)
+        readout = Readout.from_tensors(stored.flow.basis, stored.tensors)
+        return PixelModel(base, sampler, stored.codec, flow=stored.flow, readout=readout)
     for key in ("orthogonal", "gamut_clamp"):
         if sample is not None and getattr(sample, key):
             raise UsageError(f"sample.{key}: a latent base has no counterpart of it; leave it out")
