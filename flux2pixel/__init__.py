@@ -22,13 +22,15 @@ imported when a name is first used.
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from flux2pixel.runtime.version import __version__
 
 if TYPE_CHECKING:
     from flux2pixel.asymflow.method import AsymFlow as AsymFlow
     from flux2pixel.models.model import open_model as open_model
     from flux2pixel.pipelines.flux2_klein import AsymFlowPipeline as AsymFlowPipeline
+    from flux2pixel.readout.run import fit_readout as fit_readout
     from flux2pixel.recipe import Convert as Convert
     from flux2pixel.recipe import Data as Data
     from flux2pixel.recipe import Eval as Eval
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
     load_recipe = load
 
-__version__ = "0.2.0"
 
 _PUBLIC = {
     "AsymFlow": "asymflow.method:AsymFlow",
@@ -55,23 +56,13 @@ _PUBLIC = {
     "Eval": "recipe:Eval",
     "load_recipe": "recipe:load",
     "fit_subspace": "subspace.run:fit_subspace",
+    "fit_readout": "readout.run:fit_readout",
     "open_model": "models.model:open_model",
 }
 _VERBS = ("convert", "finetune", "evaluate")
-"""Functions that share their name with their package, which therefore can be called (:class:`Verb`)."""
+"""Functions that share their name with their package, which can therefore be called (runtime/verb.py)."""
 
 __all__ = ["__version__", *_PUBLIC, *_VERBS]
-
-
-class Verb(ModuleType):
-    """A verb's package that is also its function: ``flux2pixel.convert(recipe, run)`` is that of ``convert.run``.
-
-    ``import flux2pixel.convert.plan`` must go on working, so the package cannot give way to the function.
-    """
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        """Call the function of the package's name in its module ``run``."""
-        return getattr(import_module(f"{self.__name__}.run"), self.__name__.rpartition(".")[2])(*given, **named)
 
 
 def __getattr__(name: str) -> Any:

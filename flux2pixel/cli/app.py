@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel import __version__
 from flux2pixel.cli.bases import bases_command
 from flux2pixel.cli.cache import cache_command
 from flux2pixel.cli.convert import convert_command
@@ -24,6 +23,7 @@ from flux2pixel.cli.run import run_all
 from flux2pixel.cli.shared import command
 from flux2pixel.cli.verify import verify_command
 from flux2pixel.runtime.launch import exit_process, launched
+from flux2pixel.runtime.version import __version__
 
 STAGES, PICTURES, FILES, ABOUT = "Stages", "Pictures", "Files", "About"
 

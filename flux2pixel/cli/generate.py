@@ -87,10 +87,10 @@ def _draw(
     """The images, and what an image says of its making beside prompt and seed."""
     import torch
 
-    from flux2pixel import __version__
     from flux2pixel.models.model import open_model
     from flux2pixel.runtime import device
     from flux2pixel.runtime.progress import bar, log
+    from flux2pixel.runtime.version import __version__
 
     torch.set_num_threads(job.recipe.threads)
     place = device.choose(job.recipe.device)

@@ -2,6 +2,6 @@
 
 import sys
 
-from flux2pixel import Verb
+from flux2pixel.runtime.verb import Verb
 
 sys.modules[__name__].__class__ = Verb

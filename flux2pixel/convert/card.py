@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.known import KNOWN
 from flux2pixel.models.base import Base
+from flux2pixel.runtime.version import __version__
 
 LICENCES = {"Apache-2.0": "apache-2.0"}  # those that the Hub has a word for; any other is "other", with its name
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel import __version__
 from flux2pixel.families.configs import read_config
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import bar, log
+from flux2pixel.runtime.version import __version__
 from flux2pixel.weights import bfl
 from flux2pixel.weights.adapter import BASIS, SCALE, Adapter, read_adapter
 from flux2pixel.weights.checkpoint import DTYPES, Checkpoint, Stored, check_names, open_checkpoint

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.card import card, copy_licence
@@ -30,6 +29,7 @@ from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.progress import bar, log
+from flux2pixel.runtime.version import __version__
 from flux2pixel.weights.checkpoint import INDEX, Checkpoint, refuse
 from flux2pixel.weights.subspace import read_subspace
 from flux2pixel.weights.write import copy_file, link_or_copy, write_file

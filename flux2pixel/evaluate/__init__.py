@@ -16,6 +16,6 @@ The way of an image, file by file:
 
 import sys
 
-from flux2pixel import Verb
+from flux2pixel.runtime.verb import Verb
 
 sys.modules[__name__].__class__ = Verb

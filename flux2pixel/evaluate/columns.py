@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from flux2pixel.evaluate.drawing import Drawer, Key
 from flux2pixel.evaluate.store import Digests, Encode, Texts
 from flux2pixel.evaluate.suite import Size
 from flux2pixel.families.base import Conditioning
+from flux2pixel.families.configs import read_config
 from flux2pixel.models import base as bases
 from flux2pixel.models.folder import equals_its_base, is_pixel_folder, read_folder
 from flux2pixel.models.model import Model, open_model, to_bytes
@@ -208,13 +210,16 @@ class StockDrawer:
         self._folder, self._place, self._lora = folder, place, lora
         said = {"num_inference_steps": recipe.sample.steps, "guidance_scale": recipe.sample.guidance}
         self._said = {name: value for name, value in said.items() if value is not None}
+        self._own = _call_defaults(folder)
         self._pipeline: Any = None
         self._options: dict[str, Any] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the pipeline is told; the rest is its own."""
-        return {"kind": "stock", "noise": "torch"} | self._said
+        told = self._own | self._said
+        steps, guidance = told.get("num_inference_steps"), told.get("guidance_scale")
+        return {"kind": "stock", "noise": "torch", "steps": steps, "guidance": guidance}
 
     def open(self) -> StockDrawer:
         """Load the pipeline."""
@@ -263,6 +268,17 @@ class StockDrawer:
             drawn.append(to_bytes(pixels, _names(prompts[first:last], keys[first:last])))
             first = last
         return np.concatenate(drawn)
+
+
+def _call_defaults(folder: Path) -> dict[str, Any]:
+    """What a stock pipeline takes where it is told nothing; empty for one that is not of diffusers itself."""
+    import diffusers
+
+    name = read_config(folder / "model_index.json").get("_class_name")
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    parameters = inspect.signature(pipeline.__call__).parameters if pipeline else {}
+    wanted = ("num_inference_steps", "guidance_scale")
+    return {key: parameters[key].default for key in wanted if key in parameters}
 
 
 def _seed(key: Key) -> int:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from flux2pixel import __version__
 from flux2pixel.evaluate.png import settings_digest
 from flux2pixel.evaluate.suite import Record
 from flux2pixel.families.base import Conditioning, stack
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
+from flux2pixel.runtime.version import __version__
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 CONFIGS = (".json", ".txt", ".model", ".jinja", ".csv", ".yaml")

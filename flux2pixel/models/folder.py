@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import Tensor
 
-from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.configs import read_config
@@ -29,6 +28,7 @@ from flux2pixel.models.sampler import Sampler
 from flux2pixel.recipe import Recipe, as_dict, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.version import __version__
 
 FORMAT = 2  # of asymflow.json; 1 had no number, and its sampler's shift was of the latent time at the size drawn
 CHANGED_PARTS = ("transformer", "vae")  # the one is written anew, the other has no use in pixel space

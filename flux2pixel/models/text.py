@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +83,8 @@ def load_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
         if encoder.states:
             _shorten(config.get_text_config(), encoder.states, depth, folder)
         given = {"config": config, "dtype": dtype, "output_loading_info": True}
-        loaded, report = kind.from_pretrained(folder, **given)
+        with _only_errors():  # unread layers are left out on purpose, and a table of them would be printed
+            loaded, report = kind.from_pretrained(folder, **given)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     refuse_missing(folder, report["missing_keys"])
@@ -91,6 +93,19 @@ def load_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
             setattr(loaded, name, None)
     model = Reader(loaded, encoder.states, depth) if encoder.states else loaded
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """transformers logs no warnings while the block runs."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _shorten(config: Any, states: Sequence[int], depth: int, folder: Path) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from flux2pixel import __version__
 from flux2pixel.runtime import files
+from flux2pixel.runtime.version import __version__
 
 PACKAGE = "flux2pixel.asymflow"
 CARRIED = (

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from flux2pixel import __version__
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.readout import Readout
 from flux2pixel.data import Tally, open_source
@@ -28,6 +27,7 @@ from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.launch import set_threads
 from flux2pixel.runtime.processes import Team, join
 from flux2pixel.runtime.progress import log
+from flux2pixel.runtime.version import __version__
 
 STAGE, SUMS = "fit-readout", "sums.safetensors"
 CARD = """

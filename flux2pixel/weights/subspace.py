@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel import __version__
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError, first_line
+from flux2pixel.runtime.version import __version__
 
 FORMAT = "flux2pixel.subspace"
 REFERENCE = ("pth", "pt")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2pixel import __version__
 from flux2pixel.finetune.network.checkpoint import State
 from flux2pixel.finetune.network.parallel import whole
 from flux2pixel.finetune.network.trainable import merged, split
@@ -21,6 +20,7 @@ from flux2pixel.models.base import Base
 from flux2pixel.models.folder import read_folder, write_folder
 from flux2pixel.recipe import Recipe, as_dict, dumps
 from flux2pixel.runtime import files
+from flux2pixel.runtime.version import __version__
 
 NOT_COPIED = ("transformer", "transformer_raw", "adapter.safetensors", "adapter_raw.safetensors", "README.md")
 
