@@ -87,6 +87,7 @@ class Drawn:
                 with torch.autocast("cpu", torch.bfloat16), watch:
                     time_ = tau.float().expand(len(z))
                     pair = base.branches(base.transformer, z.float(), time_, text, empty, self.guidance, GRID)
+                watch.align(*pair)
                 v = base.guide(pair[0].double(), pair[1].double(), self.guidance)
                 z = z + (self.taus[i + 1] - tau) * v
                 path.append(z)

@@ -55,7 +55,9 @@ class Pair:
             if features is None:
                 return call(tokens, time)
             with features:
-                return call(tokens, time)
+                v, away = call(tokens, time)
+            features.align(v, away)
+            return v, away
 
         return watched
 

@@ -24,17 +24,29 @@ class Features:
         modules = dict(network.named_modules())
         # A latent network has the module by its own name, a pixel network by the family's name for it.
         self._module = modules[name] if name in modules else modules[base.pixel_name(name)]
-        self._tokens, self._seen = tokens, None
+        self._tokens, self._seen = tokens, list[tuple[Tensor, Tensor]]()
 
     def __enter__(self) -> Features:
-        self._handle = self._module.register_forward_pre_hook(self._keep)
+        self._seen.clear()
+        self._handle = self._module.register_forward_hook(self._keep)
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._handle.remove()
 
-    def _keep(self, module: Any, given: tuple[Any, ...]) -> None:
-        self._seen = given[0].detach()
+    def _keep(self, module: Any, given: tuple[Any, ...], made: Tensor) -> None:
+        self._seen.append((given[0].detach()[:, : self._tokens], made.detach()[:, : self._tokens]))
+
+    def align(self, *branches: Tensor | None) -> None:
+        """Put h into the order of the images, after the call that gave these v (B, N, D), one branch after the other.
+
+        A family whose network takes texts of one length at a time (FLUX.3) calls it several times for one batch.
+        """
+        if len(self._seen) > 1:
+            h, made = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            v = torch.cat([branch for branch in branches if branch is not None])
+            rows = torch.stack([(made - one.to(made)).flatten(1).abs().amax(1).argmin() for one in v])
+            self._seen[:] = [(h[rows], made[rows])]
 
     @property
     def h(self) -> Tensor:
@@ -42,9 +54,9 @@ class Features:
 
         Raises RuntimeError if there was none.
         """
-        if self._seen is None:
+        if not self._seen:
             raise RuntimeError("features: the network was not called")
-        h: Tensor = self._seen[:, : self._tokens]
+        h = torch.cat([h for h, _ in self._seen])
         return h if h.dtype == torch.float64 else h.float()
 
     def conditional(self, count: int) -> Tensor:

@@ -179,6 +179,8 @@ class Model(ABC):
         def branches(inputs: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
             with torch.autocast(inputs.device.type, torch.bfloat16), features or nullcontext():
                 v, away = self.base.branches(network, inputs, time, text, empty, scale, grid, known)
+            if features is not None:
+                features.align(v, away)
             return v.float(), None if away is None else away.float()
 
         return branches

@@ -72,10 +72,12 @@ class Observer:
     ) -> tuple[Tensor, Tensor]:
         """h (B, N, C) and z_hat (B, N, r) at latents z_t and network times tau (B,); float32 or float64."""
         network, exact = self.pixel.transformer, self.dtype == torch.float64
-        inputs = z_t.to(torch.float64 if exact else torch.float32) @ flow.basis.to(z_t).mT
+        wide = torch.float64 if exact else torch.float32
+        inputs = z_t.to(wide) @ flow.basis.to(z_t.device, wide).mT
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         with torch.no_grad(), half, Features(self.pixel, network, z_t.shape[1]) as features:
             v = self.pixel.call(network, inputs, tau.to(inputs), text, grid).to(z_t.dtype)
+        features.align(v)
         check_features(self.pixel, network, features.h, v)
         return features.h, z_t - per_token(tau.to(z_t), z_t) * (v @ flow.basis.to(z_t))
 

@@ -262,7 +262,7 @@ class _Stream:
                 raise
             part = Span(span.path, start, size)
             checked = self._checkers.submit(self._check, part, self._place, pair, name, dtype)
-            self._running.append(self._hasher.submit(self._settle, checked, pair, size))
+            self._running.append(self._hasher.submit(self._settle, checked, pair, self._place, size))
             self._place += size
             while self._running and self._running[0].done():
                 self._running.pop(0).result()
@@ -287,12 +287,15 @@ class _Stream:
             )
         self.judge(name, all_finite(torch.frombuffer(found, dtype=DTYPES[dtype])))
 
-    def _settle(self, checked: Future[None], pair: tuple[bytearray, bytearray], size: int) -> None:
+    def _settle(self, checked: Future[None], pair: tuple[bytearray, bytearray], place: int, size: int) -> None:
         """Hash a chunk that was read back, in the order of the file, and lend its buffers again."""
         try:
             checked.result()
             if self.hashed:
                 self._hash.update(memoryview(pair[1])[:size])
+            if hasattr(os, "posix_fadvise"):
+                # Nobody reads it again: the disk may begin to write it now, while the next chunks are copied.
+                os.posix_fadvise(self.file.fileno(), place, size, os.POSIX_FADV_DONTNEED)
         finally:
             self._pairs.put(pair)
 

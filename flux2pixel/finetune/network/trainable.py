@@ -75,7 +75,7 @@ def prepare(network: Any, base: Base, settings: Finetune, seed: int) -> list[Gro
             target_modules=targets,
             modules_to_save=full,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # drawn on the CPU: no other GPU is to be touched
             torch.manual_seed(seed)  # LoRA's A is drawn: the same in every process and in every start
             inject_adapter_in_model(config, network)
     else:
