@@ -40,7 +40,7 @@ def eval_command(
     ] = False,
 ) -> None:
     """Score the models side by side and write the report."""
-    launch.check_gpus(gpus)
+    launch.check_gpus(gpus, flags.device)
     job = resolve(flags, eval__suite=suite, eval__reference=reference, sample__steps=steps)
     if fetch:
         _fetch(job.recipe)

@@ -46,7 +46,7 @@ def train(job: Job, model: Path | None = None, out: Path | None = None, gpus: in
     if gpus != 1 and not launch.launched():
         from flux2pixel.finetune.run import prepare
 
-        launch.check_gpus(gpus)
+        launch.check_gpus(gpus, job.recipe.device)
         prepare(job.recipe, job.run, model, gpus)
         os.environ[PREPARED] = "1"
         try:

@@ -55,7 +55,7 @@ def fit(
 
     target = out or job.run / READOUT
     if launch.rank() == 0:
-        launch.check_gpus(gpus)
+        launch.check_gpus(gpus, job.recipe.device)
         check(job.recipe, model or job.run / CONVERTED)
         if gpus > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch("fit-readout", gpus))

@@ -43,7 +43,7 @@ def fit(job: Job, merge: Sequence[Path] = (), out: Path | None = None, gpus: int
         from flux2pixel.models.base import open_base
         from flux2pixel.subspace.settings import check
 
-        launch.check_gpus(gpus)
+        launch.check_gpus(gpus, job.recipe.device)
         check(job.recipe, open_base(job.recipe.base, parts=("vae",)))
         if gpus > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch("fit-subspace", gpus))

@@ -44,7 +44,7 @@ def run_all(
     """All four stages, from a latent base to a scored pixel model. The images are fitted, trained and validated on."""
     if recipe_file and flags.recipe:
         raise UsageError(f"run {recipe_file} --recipe {flags.recipe}: two recipes; give one")
-    launch.check_gpus(gpus)
+    launch.check_gpus(gpus, flags.device)
     flags = replace(flags, recipe=recipe_file or flags.recipe)
     changes: dict[str, Any] = {"fit_subspace__source": images, "data__source": images, "fit_subspace__method": method}
     changes |= {"fit_subspace__rank": rank, "finetune__steps": steps, "eval__suite": suite}

@@ -27,7 +27,7 @@ from flux2pixel.families.configs import read_config
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
 from flux2pixel.recipe import Recipe
-from flux2pixel.runtime import files, launch
+from flux2pixel.runtime import device, files, launch
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.runtime.progress import bar, log
 
@@ -227,7 +227,11 @@ def _work(
     recipe: Recipe, folder: Path, base: Path, dtype: torch.dtype | None, rank: int, world: int, images: bool
 ) -> Made:
     launch.set_threads(recipe.threads, world)
-    return make_part(recipe, folder, bases.open_base(base, dtype), rank, world, launch.advance, images=images)
+    place = device.choose(recipe.device)
+    if place.type in ("cuda", "xpu"):  # no launcher has numbered these processes
+        place = torch.device(place.type, rank)
+    opened = bases.open_base(base, dtype, device=place)
+    return make_part(recipe, folder, opened, rank, world, launch.advance, images=images)
 
 
 def _run_parts(
@@ -237,7 +241,7 @@ def _run_parts(
 
     A GPU's part always has its own process: what follows, a training, would find this one's memory still taken.
     """
-    if world == 1 and not torch.cuda.is_available():
+    if world == 1 and device.choose(recipe.device).type == "cpu":
         return [make_part(recipe, folder, base, 0, 1, advance, images=images)]
     parts = [partial(_work, recipe, folder, base.folder, base.dtype, rank, world, images) for rank in range(world)]
     return launch.pooled("cache", parts, advance)
@@ -257,8 +261,6 @@ def make_part(
 
     Sample prompts are captions like any other; without ``images`` they alone are made.
     """
-    if torch.cuda.is_available():
-        base.device = torch.device("cuda", rank)
     made = Made([], Tally())
     if images:
         made = _make_images(recipe, folder, base, rank, world, advance)

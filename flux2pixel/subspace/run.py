@@ -39,7 +39,7 @@ def fit_subspace(recipe: Recipe, run: Path, out: Path | None = None, merge: Sequ
     check(recipe, base)
     path = out or run / "subspace.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with join(float64=True) as team:
+    with join(device=recipe.device, float64=True) as team:
         base.vae.to(team.device)
         if merge:
             strata, tally = merged(merge, base), Tally()
