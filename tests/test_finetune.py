@@ -10,6 +10,7 @@ import torch
 from finetuning import LORA, small
 from safetensors.torch import load_file
 
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.convert.fold import fold
 from flux2pixel.data.cache import Batch, Cache
@@ -210,7 +211,7 @@ def test_perceptual_term_by_hand(flow):
         shapes.append(a.shape)
         return torch.ones_like(a[:, :1]) + 0 * a.sum()
 
-    found = perceptual(network, x0, x0_hat, lam, weight, sigma, (2, 3))
+    found = perceptual(network, Codec(8), x0, x0_hat, lam, weight, sigma, (2, 3))
     expected = (weight / sigma.clamp(min=0.05) ** 2 * lam.square().mean(-1).sqrt().mean(1)).mean()
     assert found.item() == pytest.approx(float(expected), rel=1e-6) and shapes == [(2, 3, 16, 24)]
     found.backward()

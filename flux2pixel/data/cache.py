@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux2pixel.asymflow import color, tokens
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.families.base import Conditioning, stack
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
@@ -101,9 +101,9 @@ class Batch:
         rgb, latents = self.rgb.pin_memory(), self.latents.pin_memory()
         return Batch(rgb, latents, pinned, self.names, self.patch_size, self.number, self.dropped)
 
-    def pixels(self) -> Tensor:
-        """The images as tokens of the model's colour space, (B, N, D) float32, on the batch's device."""
-        return tokens.patchify(color.encode(self.rgb.float() / 255), self.patch_size)
+    def pixels(self, codec: Codec | None = None) -> Tensor:
+        """The images as tokens of a model's pixel space, (B, N, D) float32, on the batch's device."""
+        return (codec or Codec(self.patch_size)).encode(self.rgb.float() / 255)
 
 
 def caption_digest(caption: str) -> str:

@@ -35,7 +35,8 @@ def build(recipe: Recipe, source: Source, team: Team) -> Trainer:
         reference = SharedReference(source.base, network, flow.basis)
     network = _place(network, recipe, team)
     lpips = load_lpips(team.device) if settings.perceptual else None
-    return Trainer(recipe, network, groups, Objective(settings, source.base, flow, reference, lpips), team)
+    objective = Objective(settings, source.base, flow, reference, lpips, source.stored.codec)
+    return Trainer(recipe, network, groups, objective, team)
 
 
 def frozen(recipe: Recipe) -> nn.Module:

@@ -21,7 +21,7 @@ from flux2pixel.finetune.step.perceptual import load_lpips
 from flux2pixel.finetune.watch.log import check_trackers
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
-from flux2pixel.models.folder import PixelFolder, read_folder
+from flux2pixel.models.folder import PixelFolder, is_pixel_folder, read_folder
 from flux2pixel.recipe import Recipe, as_dict
 from flux2pixel.runtime import launch
 from flux2pixel.runtime.errors import UsageError
@@ -58,6 +58,11 @@ def open_source(folder: Path, recipe: Recipe) -> Source:
     return Source(folder, base, stored, export.digest_of([stored.flow.basis, stored.flow.scale]))
 
 
+def start(run: Path) -> Path:
+    """What a training starts from where nothing is named: the run's readout if it has one, else its conversion."""
+    return run / "readout" if is_pixel_folder(run / "readout") else run / "converted"
+
+
 def open_data(recipe: Recipe, run: Path) -> Cache:
     """The finished cache of the recipe, without the images of ``data.exclude``."""
     return Cache(encode.cache_folder(recipe, run), exclude=recipe.data.exclude)
@@ -72,7 +77,7 @@ def prepare(recipe: Recipe, run: Path, model: Path | None = None, gpus: int = 1)
     parallel.check_world(settings, gpus)
     check_trackers(settings.trackers)
     optimizer_class(settings)
-    source = open_source(model or run / "converted", recipe)
+    source = open_source(model or start(run), recipe)
     if settings.trainable == "lora":
         with torch.device("meta"):
             network = source.base.network_class()(**stock_config(source.base.config))

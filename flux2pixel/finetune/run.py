@@ -17,7 +17,7 @@ from flux2pixel.finetune.build import build
 from flux2pixel.finetune.data.loader import Loader
 from flux2pixel.finetune.data.order import Order
 from flux2pixel.finetune.network import checkpoint, export, parallel
-from flux2pixel.finetune.prepare import Source, identity, open_data, open_source, prepare
+from flux2pixel.finetune.prepare import Source, identity, open_data, open_source, prepare, start
 from flux2pixel.finetune.step.trainer import Trainer
 from flux2pixel.finetune.watch.profile import profiled
 from flux2pixel.finetune.watch.validation import hold_out
@@ -55,7 +55,7 @@ def finetune(
 def train(recipe: Recipe, run: Path, team: Team, model: Path | None, out: Path | None) -> Path:
     """One process's part of a prepared training, from loading to the written model."""
     settings, folder = recipe.finetune, run / "checkpoints"
-    source, cache = open_source(model or run / "converted", recipe), open_data(recipe, run)
+    source, cache = open_source(model or start(run), recipe), open_data(recipe, run)
     held = hold_out(cache, settings.validation_images)
     if team.leads:
         (run / STOPPED).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from flux2pixel.runtime import files
 from flux2pixel.runtime.version import __version__
 
 NOT_COPIED = ("transformer", "transformer_raw", "adapter.safetensors", "adapter_raw.safetensors", "README.md")
+NOT_COPIED += ("readout.json",)
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -69,7 +70,9 @@ def write_model(folder: Path, source: Path, base: Base, trained: dict[str, dict[
     model = read_folder(folder)
     # What a finetune teaches has no latent counterpart, so nothing is lost by keeping its colours on the screen.
     sampler = model.sampler.changed({"gamut_clamp": True}).changed(recipe.sample)
-    write_folder(folder, replace(model, sampler=sampler), recipe)
+    # Of a readout the offset is the pixel space itself; the prior and the last step were fitted to another network.
+    kept = {name: tensor for name, tensor in model.tensors.items() if name == "offset"}
+    write_folder(folder, replace(model, sampler=sampler, tensors=kept), recipe)
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor], notes: dict[str, str], shard: str = "5GB") -> None:

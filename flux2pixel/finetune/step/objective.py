@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Generator, Tensor, nn
 
 from flux2pixel.asymflow import schedule
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.denoiser import denoise
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch
@@ -55,16 +56,23 @@ class Objective:
         flow: the method's basis and scale.
         reference: the latent base's velocity, or None for plain flow matching.
         lpips: the perceptual network, or None.
+        codec: of the model's pixel space; one without an offset if not given.
     """
 
     def __init__(
-        self, settings: Finetune, base: Base, flow: AsymFlow, reference: Velocity | None = None, lpips: Any = None
+        self,
+        settings: Finetune,
+        base: Base,
+        flow: AsymFlow,
+        reference: Velocity | None = None,
+        lpips: Any = None,
+        codec: Codec | None = None,
     ):
         self.settings, self.base, self.flow = settings, base, flow
-        self.reference, self.lpips = reference, lpips
+        self.reference, self.lpips, self.codec = reference, lpips, codec or Codec(base.patch_size)
 
     def __call__(self, network: nn.Module, batch: Batch, sigma: Tensor, eps: Tensor) -> Parts:
-        settings, x0 = self.settings, batch.pixels()
+        settings, x0 = self.settings, batch.pixels(self.codec)
         d_low = self.error(batch, sigma, eps)  # first, so that its activations are gone before the others come
         x0_hat = self.predict(network, batch, x0, sigma, eps)
         nothing = x0_hat.new_zeros(())
@@ -75,7 +83,7 @@ class Objective:
         loss, seen = reduced.loss, nothing
         if self.lpips is not None:
             seen = perceptual(
-                self.lpips, x0, x0_hat, reduced.lam, reduced.weight, sigma, batch.grid, settings.sigma_min
+                self.lpips, self.codec, x0, x0_hat, reduced.lam, reduced.weight, sigma, batch.grid, settings.sigma_min
             )
             loss = loss + settings.perceptual * seen
         return Parts(loss, reduced.loss.detach(), seen.detach(), reduced.lam.mean())

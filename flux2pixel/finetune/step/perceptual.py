@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux2pixel.asymflow import color, tokens
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.runtime.errors import UsageError
 
 WEIGHTS = "vgg16-397923af.pth"
@@ -20,6 +20,7 @@ WEIGHTS = "vgg16-397923af.pth"
 
 def perceptual(
     network: Any,
+    codec: Codec,
     x0: Tensor,
     x0_hat: Tensor,
     lam: Tensor,
@@ -32,17 +33,17 @@ def perceptual(
 
     Args:
         network: LPIPS with ``spatial``: (image, image) in [-1, 1], (B, 3, H, W) -> distances (B, 1, H, W).
+        codec: of the model's pixel space.
         x0, x0_hat: clean tokens and their prediction, (B, N, D), normalised Oklab.
         lam: (B, N, channels) and ``weight`` (B,), of the variance reduction.
         sigma: (B,).
         grid: (h, w) with h w = N.
     """
-    patch = int((x0.shape[-1] // 3) ** 0.5)
-    height, width = (side * patch for side in grid)
-    pictures = (color.decode(tokens.unpatchify(t.float(), patch, height, width)) * 2 - 1 for t in (x0_hat, x0))
+    height, width = (side * codec.patch for side in grid)
+    pictures = (codec.decode(t.float(), height, width) * 2 - 1 for t in (x0_hat, x0))
     distance = network(*pictures)
     gate = lam.square().mean(-1).sqrt().unflatten(1, grid).unsqueeze(1)  # (B, 1, h, w)
-    gate = F.interpolate(gate, scale_factor=patch, mode="nearest")
+    gate = F.interpolate(gate, scale_factor=codec.patch, mode="nearest")
     level = weight / sigma.clamp(min=sigma_min).square()
     return (level.view(-1, 1, 1, 1) * gate * distance).mean()
 

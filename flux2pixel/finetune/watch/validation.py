@@ -83,7 +83,7 @@ class Validation:
     def _loss(self, network: nn.Module, batch: Batch, stratum: int) -> Tensor:
         settings, device = self.recipe.finetune, self.team.device
         generator = seeded(device, self.recipe.seed, VALIDATION, batch.number, stratum)
-        x0 = batch.pixels()
+        x0 = batch.pixels(self.objective.codec)
         t = (stratum + torch.rand(len(x0), generator=generator, device=device)) / BINS
         sigma = schedule.shift(t, schedule.shift_at(settings.shift, *batch.rgb.shape[-2:]))
         eps = torch.randn(x0.shape, generator=generator, device=device)
