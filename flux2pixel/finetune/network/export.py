@@ -22,8 +22,9 @@ from flux2pixel.recipe import Recipe, as_dict, dumps
 from flux2pixel.runtime import files
 from flux2pixel.runtime.version import __version__
 
-NOT_COPIED = ("transformer", "transformer_raw", "adapter.safetensors", "adapter_raw.safetensors", "README.md")
-NOT_COPIED += ("readout.json",)
+NOT_COPIED = frozenset(
+    ("transformer", "transformer_raw", "adapter.safetensors", "adapter_raw.safetensors", "README.md", "readout.json")
+)
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
