@@ -12,10 +12,12 @@ import typer
 from flux2pixel.cli.convert import rewrite
 from flux2pixel.cli.evaluate import score
 from flux2pixel.cli.finetune import train
+from flux2pixel.cli.fit_readout import fit as fit_readout
 from flux2pixel.cli.fit_subspace import fit
 from flux2pixel.cli.options import (
     CONVERTED,
     FINETUNED,
+    READOUT,
     REPORT,
     SUBSPACE,
     Flags,
@@ -41,23 +43,31 @@ def run_all(
     suite: Suite = None,
     gpus: Gpus = 1,
 ) -> None:
-    """All four stages, from a latent base to a scored pixel model. The images are fitted, trained and validated on."""
+    """All stages, from a latent base to a scored pixel model. The images are fitted, trained and validated on."""
     if recipe_file and flags.recipe:
         raise UsageError(f"run {recipe_file} --recipe {flags.recipe}: two recipes; give one")
     launch.check_gpus(gpus, flags.device)
     flags = replace(flags, recipe=recipe_file or flags.recipe)
-    changes: dict[str, Any] = {"fit_subspace__source": images, "data__source": images, "fit_subspace__method": method}
+    changes: dict[str, Any] = {
+        "fit_subspace__source": images,
+        "readout__source": images,
+        "data__source": images,
+        "fit_subspace__method": method,
+    }
     changes |= {"fit_subspace__rank": rank, "finetune__steps": steps, "eval__suite": suite}
     job = resolve(flags, fresh=True, **changes)
     takes = [f"base {job.recipe.base}", fit_images(job.recipe)]
     job = with_training_images(job)
     if job.recipe.data.source != job.recipe.fit_subspace.source:
         takes.append(f"images {job.recipe.data.source}")
-    writes = [job.run / name for name in (SUBSPACE, CONVERTED, FINETUNED, REPORT, "report.json", "seconds.json")]
+    writes = [
+        job.run / name for name in (SUBSPACE, CONVERTED, READOUT, FINETUNED, REPORT, "report.json", "seconds.json")
+    ]
     if job.planned(takes, writes):
         return
     _in_processes(job, "fit-subspace", gpus, fit)
     rewrite(job)
+    _in_processes(job, "fit-readout", gpus, fit_readout)
     _in_processes(job, "finetune", gpus, train)
     _in_processes(job, "eval", gpus, score)
 

@@ -155,7 +155,7 @@ def seconds(run: Path, mine: float) -> dict[str, float]:
     path = run / "seconds.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     known["eval"] = mine
-    known["total"] = sum(known.get(k, 0.0) for k in ("fit_subspace", "convert", "finetune", "eval"))
+    known["total"] = sum(known.get(k, 0.0) for k in ("fit_subspace", "convert", "fit_readout", "finetune", "eval"))
     return known
 
 

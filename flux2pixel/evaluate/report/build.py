@@ -102,7 +102,7 @@ def for_readers(value: Any, home: Path) -> Any:
 def _verdict(report: Report) -> str:
     models = report.get("models") or {}
     parts = []
-    for name in ("finetuned", "converted"):
+    for name in ("finetuned", "readout", "converted"):
         pairs = {
             suite: [finite(get(models, one, key, "overall", "score")) for one in (name, "base")]
             for suite, key in tables.KEYS.items()

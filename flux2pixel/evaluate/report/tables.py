@@ -14,7 +14,8 @@ from flux2pixel.runtime.page import finite, number
 Report = Mapping[str, Any]
 
 NAMES = {"base": "Latent base", "converted": "Converted, not finetuned", "finetuned": "Finetuned"}
-SHORT = {"base": "Latent base", "converted": "Converted", "finetuned": "Finetuned"}
+NAMES |= {"readout": "Converted and read out, not finetuned"}
+SHORT = {"base": "Latent base", "converted": "Converted", "readout": "Readout", "finetuned": "Finetuned"}
 LABELS = {"geneval": "GenEval", "dpg-bench": "DPG-Bench", "hpsv3": "HPSv3", "fidelity": "Fidelity"}
 KEYS = {"geneval": "geneval", "dpg-bench": "dpg_bench", "hpsv3": "hpsv3"}  # of a suite in report.json
 TOPS = {"geneval": 1.0, "dpg-bench": 100.0}  # scales with an end; HPSv3's has none
