@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+STAGES = ("fit_subspace", "convert", "fit_readout", "finetune", "eval")
 report = json.loads(Path(sys.argv[1]).read_text())
 models = report["models"]
 score = {name: models[name]["geneval"]["overall"]["score"] for name in ("base", "converted", "readout", "finetuned")}
