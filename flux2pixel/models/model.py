@@ -39,7 +39,7 @@ from flux2pixel.weights.subspace import read_subspace
 Size = tuple[int, int]
 # Share of the guidance that a readout's last step takes. All of it takes the picture away from true ones, none of it
 # loses what the prompt asked for (benchmarks/readout.md).
-LAST_STEP_GUIDANCE = 0.25
+LAST_STEP_GUIDANCE = 0.5
 NOISE = 911  # stream of the seeded noise, apart from any other use of a seed
 
 
