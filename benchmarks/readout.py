@@ -213,8 +213,9 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{report['images']} images, {report['fit_seconds']:.0f} s to fit, seeds {report['seeds']}, 480 images each;"
         " means over seeds. Less the base's: paired 95 % interval over prompts. Truth: blockiness 0.80. `2nd`: the grid"
-        " ratio by second differences. The miniature's grain is Gaussian, which flatters the prior. Rows after `all four`:"
-        " the first seed alone, and what was chosen was chosen on these prompts; noise in GenEval is about 0.01 a seed.",
+        " ratio by second differences. The miniature's grain is Gaussian, which flatters the prior. Rows after"
+        " `all four` are of the first seed alone, where GenEval's noise is about 0.01; what was chosen was chosen on"
+        " these prompts.",
         "",
         head,
         "|" + "---|" * 11,
