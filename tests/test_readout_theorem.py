@@ -1,5 +1,7 @@
 """The theorem for every family in float64: whatever the readout, the latent trajectory stays the base's."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import TINY, write_base
@@ -64,7 +66,7 @@ class Pair:
     def denoiser(self, readout=None):
         lifted = [(self.flow.lift(z) / self.flow.scale, shape) for z, shape in self.pictures]
         features = Features(self.base, self.pixel, 6)
-        refine = readout.bind(GRID, features.conditional) if readout else None
+        refine = readout.bind(GRID, partial(features.guided, scale=1.5)) if readout else None
         branches = self.branches(self.pixel, lifted, features)
         return Denoiser(branches, self.flow, self.guidance or 1.0, self.base.guide, readout=refine)
 

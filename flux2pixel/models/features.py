@@ -59,6 +59,7 @@ class Features:
         h = torch.cat([h for h, _ in self._seen])
         return h if h.dtype == torch.float64 else h.float()
 
-    def conditional(self, count: int) -> Tensor:
-        """h (B, N, C) of the conditional branch, the first ``count`` images of the call."""
-        return self.h[:count]
+    def guided(self, count: int, scale: float) -> Tensor:
+        """h (B, N, C) of the ``count`` images, guided by ``scale``; 1, or a call of one branch: as they are."""
+        h = self.h
+        return h if len(h) == count else h[count:] + scale * (h[:count] - h[count:])

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.subspace import read_subspace
 
 Size = tuple[int, int]
+# Share of the guidance that a readout's last step takes. All of it takes the picture away from true ones, none of it
+# loses what the prompt asked for (benchmarks/readout.md).
+LAST_STEP_GUIDANCE = 0.5
 NOISE = 911  # stream of the seeded noise, apart from any other use of a seed
 
 
@@ -203,7 +207,8 @@ class PixelModel(Model):
         if self.readout is not None:
             grid = (size[0] // self.codec.patch, size[1] // self.codec.patch)
             features = Features(self.base, self.transformer, grid[0] * grid[1])
-            refine = self.readout.to(self.device).bind(grid, features.conditional)
+            push = 1 + LAST_STEP_GUIDANCE * (self.sampler.guidance - 1)
+            refine = self.readout.to(self.device).bind(grid, partial(features.guided, scale=push))
         return Denoiser(
             self._branches(text, empty, size, known, features),
             self.flow.to(self.device),
