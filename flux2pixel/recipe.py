@@ -292,9 +292,11 @@ def base_defaults(base: str) -> Mapping[str, Any]:
     if carried.is_file():
         return _read(carried)
     known = next((known for alias, known in KNOWN.items() if base in (alias, known.hub)), None)
-    published = dict(getattr(known, "defaults", None) or {})
-    sections = {name: value for name, value in published.items() if isinstance(value, Mapping)}
-    return sections or ({"sample": published} if published else {})
+    if known is None:
+        return {}
+    defaults = known.defaults
+    own = {"steps": defaults.steps, "guidance": defaults.guidance}
+    return {"sample": own | {"height": defaults.height, "width": defaults.width}}
 
 
 def as_dict(recipe: Recipe, sections: Sequence[str] = ()) -> dict[str, Any]:

@@ -195,9 +195,8 @@ def test_a_rerun_does_no_model_work(run: Path, monkeypatch: pytest.MonkeyPatch) 
         "flux2pixel.evaluate.columns.FlowDrawer.open",
         "flux2pixel.evaluate.columns.FlowDrawer.encoder",
         "flux2pixel.miniature.detector.detect",
-        "flux2pixel.evaluate.fidelity.reference.measure",
-        "flux2pixel.evaluate.fidelity.reference.renders",
-        "flux2pixel.evaluate.fidelity.reference.through_vae",
+        "flux2pixel.evaluate.fidelity.truth.TrueSet.measure",
+        "flux2pixel.evaluate.fidelity.truth.TrueSet.ceilings",
     ):
         monkeypatch.setattr(place, never)
     evaluate(recipe, run, out=run / "two.html")

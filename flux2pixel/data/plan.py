@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux2pixel.data.buckets import Buckets
 from flux2pixel.data.encode import text_length
-from flux2pixel.models.base import Base
+from flux2pixel.models.base import Base, stored_dtype
+from flux2pixel.models.text import empty_encoder, load_tokenizer
 from flux2pixel.recipe import Recipe
-from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.meter import Meter, faked
 from flux2pixel.runtime.progress import quiet_libraries
 
@@ -45,7 +45,8 @@ def plan_cache(recipe: Recipe, base: Base) -> list[Pass]:
     """
     sizes = Buckets(recipe.data.resolution, base.patch_size).sizes
     height, width = max(sizes, key=lambda size: size[0] * size[1])
-    count = max(1, recipe.data.text_tokens // text_length(base))
+    length = text_length(base)
+    count = max(1, recipe.data.text_tokens // length)
     captions = [f"a photo, number {number} of {count}" for number in range(count)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -53,28 +54,20 @@ def plan_cache(recipe: Recipe, base: Base) -> list[Pass]:
         base.encode(torch.rand(recipe.data.batch, 3, height, width))
 
     return [
-        _measured(f"pictures, {recipe.data.batch} of {width} x {height}", base, mode, images, ("vae",)),
-        _measured(f"captions, {count} of {text_length(base)} tokens", base, mode, lambda: base.text(captions)),
+        _measured(f"pictures, {recipe.data.batch} of {width} x {height}", base, mode, images, _vae(base, mode)),
+        _measured(f"captions, {count} of {length} tokens", base, mode, lambda: base.text(captions), _text(base, mode)),
     ]
 
 
-def _measured(
-    name: str, base: Base, mode: FakeTensorMode, work: Callable[[], object], attributes: tuple[str, ...] = ()
-) -> Pass:
-    """Run ``work`` with encoders that have no weights: once to load them, once to be counted."""
-    made: list[Any] = []
-
-    def load(part: str, loader: Any, **options: Any) -> Any:
-        if not part.startswith(("vae", "text_encoder")):
-            return type(base).load(base, part, loader, **options)
-        made.append(_empty(base, part, loader, options, mode))
-        return made[-1]
-
+def _measured(name: str, base: Base, mode: FakeTensorMode, work: Callable[[], object], parts: dict[str, Any]) -> Pass:
+    """Count what ``work`` holds with ``parts``, which have no weights, in the place of the base's own."""
+    made = [part for value in parts.values() for part in (value.values() if isinstance(value, dict) else (value,))]
+    made = [part for part in made if isinstance(part, nn.Module)]
     before = dict(base.__dict__)
     try:
-        base.__dict__["load"] = load
+        base.__dict__.update(parts)
         with mode:
-            work()
+            work()  # what a first call makes once is no part of every batch
             meter = Meter()
             for model in made:
                 meter.ignore(model.parameters())
@@ -88,23 +81,21 @@ def _measured(
     return Pass(name, weights, meter.peak)
 
 
-def _empty(base: Base, part: str, loader: Any, options: dict[str, Any], mode: FakeTensorMode) -> Any:
-    """The model of a sub-folder's configuration on fake tensors, in the dtype that it would be loaded in."""
+def _vae(base: Base, mode: FakeTensorMode) -> dict[str, Any]:
+    with torch.device("meta"):
+        network = base.vae_class().from_config(base.vae_config).to(base.vae_dtype)
+    return {"vae": faked(network.eval(), mode)}
+
+
+def _text(base: Base, mode: FakeTensorMode) -> dict[str, Any]:
     quiet_libraries()
-    folder, dtype = base.folder / part, options.get("dtype", options.get("torch_dtype", torch.float32))
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with unset_fake_temporarily(), torch.device("meta"):
-            if hasattr(loader, "load_config"):  # diffusers
-                network = loader.from_config(loader.load_config(folder))
-            else:
-                network = loader(loader.config_class.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: has no readable configuration to plan with ({error})") from error
-    finally:
-        torch.set_default_dtype(default)
-    return faked(network.eval(), mode)
+    parts: dict[str, Any] = {
+        part: load_tokenizer(base.folder / part, kind) for part, kind in base.facts.tokenizers.items()
+    }
+    for part, encoder in base.facts.encoders.items():
+        dtype = base.dtype or stored_dtype(base.folder / part)
+        parts[part] = faked(empty_encoder(base.folder / part, encoder, dtype), mode)
+    return {"text_parts": parts}
 
 
 def lines(recipe: Recipe, passes: list[Pass], gpus: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +74,33 @@ def _decoder(model: Any) -> Any:
 
 def load_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
     """Load a text encoder, frozen, on the CPU. Raises UsageError naming the folder if tensors are missing."""
+
+    def load(kind: Any, config: Any) -> Any:
+        with _only_errors():  # unread layers are left out on purpose, and a table of them would be printed
+            loaded, report = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        refuse_missing(folder, report["missing_keys"])
+        return loaded
+
+    return _reader(folder, encoder, load)
+
+
+def empty_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
+    """The same encoder on the meta device, from its configuration alone: for plans."""
+
+    def build(kind: Any, config: Any) -> Any:
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device("meta"):
+                return kind(config)
+        finally:
+            torch.set_default_dtype(default)
+
+    return _reader(folder, encoder, build)
+
+
+def _reader(folder: Path, encoder: Encoder, make: Callable[[Any, Any], Any]) -> Any:
+    """What ``make`` gives for the class and the configuration, cut to the layers that are read."""
     import transformers
 
     kind = getattr(transformers, encoder.model)
@@ -82,12 +109,9 @@ def load_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
         depth = config.get_text_config().num_hidden_layers
         if encoder.states:
             _shorten(config.get_text_config(), encoder.states, depth, folder)
-        given = {"config": config, "dtype": dtype, "output_loading_info": True}
-        with _only_errors():  # unread layers are left out on purpose, and a table of them would be printed
-            loaded, report = kind.from_pretrained(folder, **given)
+        loaded = make(kind, config)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"{folder}: cannot be loaded ({first_line(error)})") from error
-    refuse_missing(folder, report["missing_keys"])
     for name in PICTURES:
         if hasattr(loaded, name):
             setattr(loaded, name, None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from flux2pixel.asymflow.denoiser import denoise
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.subspace.moments import Moments
 from flux2pixel.subspace.solvers import procrustes, scale_of
@@ -122,7 +123,7 @@ def recovery_error(basis: Tensor, scale: Tensor, seed: int = 0) -> float:
     k = flow.calibrate(sigma)[0][:, None, None]
     exact_low = (x0 @ project / flow.scale - k * (x_t @ project)) / -tau[:, None, None]
     exact = exact_low - (x0 - x0 @ project) / flow.scale
-    got = (flow.predict_x0(exact + e, x_t, sigma) - x0).square().sum((1, 2))
+    got = (denoise(flow, lambda inputs, time: exact + e, x_t, sigma) - x0).square().sum((1, 2))
     low = e @ project
     wanted = flow.scale**2 * (tau**2 * low.square().sum((1, 2)) + (e - low).square().sum((1, 2)))
     return float(((got - wanted) / wanted).abs().max())
