@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux2pixel.data.buckets import Buckets
@@ -83,7 +84,7 @@ def _measured(name: str, base: Base, mode: FakeTensorMode, work: Callable[[], ob
 
 def _vae(base: Base, mode: FakeTensorMode) -> dict[str, Any]:
     with torch.device("meta"):
-        network = base.vae_class().from_config(base.vae_config).to(base.vae_dtype)
+        network = nn.Module.to(base.vae_class().from_config(base.vae_config), base.vae_dtype)
     return {"vae": faked(network.eval(), mode)}
 
 
