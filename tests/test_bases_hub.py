@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from families import write_base
-from flux2pixel.cli.about import bases_table
 
+from flux2pixel.cli.bases import bases_table
 from flux2pixel.families import registry
 from flux2pixel.families.known import KNOWN
 from flux2pixel.models import base as bases

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flux2pixel.families import ALIASES
+from flux2pixel.families import registry
 from flux2pixel.families.known import KNOWN
 from flux2pixel.recipe import (
     FORMAT,
@@ -46,7 +46,7 @@ def test_changed_recipe_round_trips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    assert load(path).base in (*ALIASES, *KNOWN)
+    assert load(path).base in (*registry.names(), *KNOWN)
 
 
 def test_klein_tiny_states_every_key_and_its_default(tmp_path: Path) -> None:
