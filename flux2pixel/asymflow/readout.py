@@ -27,6 +27,9 @@ from flux2pixel.asymflow.denoiser import Refine
 from flux2pixel.asymflow.method import per_token
 
 PREFIX = "readout."
+# Share of the guidance that the last step's features get. All of it takes the picture away from true ones, none of it
+# loses what the prompt asked for (benchmarks/readout.md).
+LAST_STEP_GUIDANCE = 0.5
 
 
 def neighbourhood(tokens: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -69,6 +72,11 @@ class Readout:
         """What is stored beside basis and scale, float32 by name."""
         named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "basis"}
         return {PREFIX + name: value.float().contiguous() for name, value in named.items() if value is not None}
+
+    @staticmethod
+    def push(guidance: float) -> float:
+        """The scale at which the last step's features are guided, given that of the sampling."""
+        return 1 + LAST_STEP_GUIDANCE * (guidance - 1)
 
     @classmethod
     def from_tensors(cls, basis: Tensor, stored: Mapping[str, Tensor]) -> Readout | None:

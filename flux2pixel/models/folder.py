@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.readout import PREFIX as READOUT
 from flux2pixel.families.configs import read_config
 from flux2pixel.models.base import Base
 from flux2pixel.models.hub import INDEXES
@@ -167,6 +168,7 @@ def _describe_pipeline(folder: Path, model: PixelFolder) -> None:
     described |= {"sigma_min": model.flow.sigma_min, "scale": float(model.flow.scale)}
     described |= {"basis": pack_basis(model.flow.basis)}
     described |= {"offset": "" if model.codec.offset is None else pack_basis(model.codec.offset)}
+    described |= {"readout": any(name.startswith(READOUT) for name in model.tensors)}
     described |= {key: value for key, value in asdict(sampler).items() if key != "solver"}
     files.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": name} | config)
     files.write_json(folder / "model_index.json", described)

@@ -37,9 +37,6 @@ from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 from flux2pixel.weights.subspace import read_subspace
 
 Size = tuple[int, int]
-# Share of the guidance that a readout's last step takes. All of it takes the picture away from true ones, none of it
-# loses what the prompt asked for (benchmarks/readout.md).
-LAST_STEP_GUIDANCE = 0.5
 NOISE = 911  # stream of the seeded noise, apart from any other use of a seed
 
 
@@ -207,7 +204,7 @@ class PixelModel(Model):
         if self.readout is not None:
             grid = (size[0] // self.codec.patch, size[1] // self.codec.patch)
             features = Features(self.base, self.transformer, grid[0] * grid[1])
-            push = 1 + LAST_STEP_GUIDANCE * (self.sampler.guidance - 1)
+            push = self.readout.push(self.sampler.guidance)
             refine = self.readout.to(self.device).bind(grid, partial(features.guided, scale=push))
         return Denoiser(
             self._branches(text, empty, size, known, features),

@@ -23,6 +23,7 @@ CARRIED = (
     "schedule",
     "solvers",
     "denoiser",
+    "readout",
 )  # each after what it uses
 CODE = f"asymflow_pipeline_{__version__.replace('.', '_')}"
 PIPELINE_CLASS = [CODE, "AsymFlowPipeline"]  # as model_index.json names it

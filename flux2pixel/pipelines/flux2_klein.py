@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,20 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torch import Generator, Tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.denoiser import Denoiser
 from flux2pixel.asymflow.method import AsymFlow
+from flux2pixel.asymflow.readout import Readout
 from flux2pixel.asymflow.schedule import noise_levels
 from flux2pixel.asymflow.solvers import sample, scheduled
 from flux2pixel.asymflow.tokens import patchify
 
+TENSORS = "asymflow.safetensors"
 REFERENCE_AREA = 1024 * 1024  # pixels; larger pictures to edit are reduced to it, as klein does
 
 
@@ -53,6 +59,7 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         orthogonal: whether the component of guidance parallel to x0_hat is removed.
         gamut_clamp: whether every x0_hat is clamped to colours a screen can show.
         offset: of the pixel space, (D,), as base64; none if empty.
+        readout: whether ``asymflow.safetensors`` beside this configuration holds a texture prior or a last step.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -77,6 +84,7 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         height: int = 1024,
         width: int = 1024,
         offset: str = "",
+        readout: bool = False,
         shift_side: int | None = None,
     ):
         if shift_side is not None:
@@ -99,6 +107,7 @@ class AsymFlowPipeline(Flux2KleinPipeline):
             height=height,
             width=width,
             offset=offset,
+            readout=readout,
         )
         if not basis:
             raise ValueError("basis: missing; load a folder that flux2pixel wrote, whose model_index.json has it")
@@ -106,6 +115,15 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         self.codec = Codec(patch_size, unpack_basis(offset, 3 * patch_size**2).flatten() if offset else None)
         self.vae_scale_factor = patch_size // 2  # klein's methods take twice this for the side of a token
         self.image_processor = Flux2ImageProcessor(vae_scale_factor=patch_size)
+
+    @cached_property
+    def readout(self) -> Readout | None:
+        """What a readout adds at sampling time, from the folder or repository that the pipeline was loaded from."""
+        return Readout.from_tensors(self.flow.basis, load_file(self._tensors())) if self.config.readout else None
+
+    def _tensors(self) -> Path:
+        home = Path(str(self.config._name_or_path))
+        return home / TENSORS if home.is_dir() else Path(hf_hub_download(str(home), TENSORS))
 
     @classmethod
     def load_config(cls, *given: Any, **named: Any) -> Any:
@@ -124,6 +142,8 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         described = {**json.loads(index.read_text()), "_class_name": [name, "AsymFlowPipeline"]}
         index.write_text(json.dumps(described, indent=2) + "\n")
         (Path(save_directory) / f"{name}.py").write_text(source, encoding="utf-8")
+        if self.config.readout and not (Path(save_directory) / TENSORS).exists():
+            shutil.copyfile(self._tensors(), Path(save_directory) / TENSORS)
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.config.items() if key not in ("basis", "offset")}
@@ -200,12 +220,19 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         else:
             levels = torch.tensor([*sigmas, 0.0], dtype=torch.float32, device=device)
         self._num_timesteps = len(levels) - 1
+        features: list[Tensor] = []
+        refine = None
+        if self.readout is not None:
+            push = self.readout.push(self.guidance_scale)
+            grid = (height // patch, width // patch)
+            refine = self.readout.to(device).bind(grid, lambda count: _guided(features, push))
         denoiser = Denoiser(
-            self._branches(branches, reference, torch.cat(ids, dim=1)),
+            self._branches(branches, reference, torch.cat(ids, dim=1), features if refine else None),
             self.flow,
             self.guidance_scale,
             orthogonal=self.config.orthogonal,
             clamp=(lambda x0: self.codec.clamp(x0, height, width)) if self.config.gamut_clamp else None,
+            readout=refine,
         )
         with self.progress_bar(total=self._num_timesteps) as progress:
 
@@ -232,12 +259,27 @@ class AsymFlowPipeline(Flux2KleinPipeline):
         self.maybe_free_model_hooks()
         return Flux2PipelineOutput(images=picture) if return_dict else (picture,)
 
-    def _branches(self, texts: list[tuple[Tensor, Tensor]], reference: Tensor | None, ids: Tensor) -> Any:
-        """The transformer with its conditionings; ``texts`` may change between steps."""
+    def _branches(
+        self,
+        texts: list[tuple[Tensor, Tensor]],
+        reference: Tensor | None,
+        ids: Tensor,
+        features: list[Tensor] | None = None,
+    ) -> Any:
+        """The transformer with its conditionings; ``texts`` may change between steps.
+
+        ``features`` is filled with what enters the out-projection, (B, N, C), a branch each, at every call.
+        """
 
         def branches(inputs: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
             tokens = inputs if reference is None else torch.cat([inputs, reference], dim=1)
             outputs = []
+            hook = None
+            if features is not None:
+                features.clear()
+                hook = self.transformer.proj_out.register_forward_pre_hook(
+                    lambda module, given: features.append(given[0][:, : inputs.shape[1]].float())
+                )
             for name, (embeds, text_ids) in zip(("cond", "uncond"), texts, strict=False):
                 with self.transformer.cache_context(name):
                     v = self.transformer(
@@ -251,6 +293,8 @@ class AsymFlowPipeline(Flux2KleinPipeline):
                         return_dict=False,
                     )[0]
                 outputs.append(v[:, : inputs.shape[1]].to(inputs.dtype))
+            if hook is not None:
+                hook.remove()
             return outputs[0], outputs[1] if len(outputs) > 1 else None
 
         return branches
@@ -311,6 +355,11 @@ def pack_basis(basis: Tensor) -> str:
 def unpack_basis(text: str, rows: int) -> Tensor:
     """The inverse of :func:`pack_basis` for a matrix of ``rows`` rows."""
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").reshape(rows, -1).copy())
+
+
+def _guided(features: list[Tensor], scale: float) -> Tensor:
+    """Features of both branches of guidance, guided by ``scale``; those of one as they are."""
+    return features[0] if len(features) == 1 else features[1] + scale * (features[0] - features[1])
 
 
 def _travelling() -> tuple[str, str]:

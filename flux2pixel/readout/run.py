@@ -173,8 +173,6 @@ def _finish(recipe: Recipe, observer: Observer, sums: Sums, source: Path, target
         with (folder / "README.md").open("a", encoding="utf-8") as card:
             card.write(CARD.format(parts=", ".join(settings.parts), images=sums.images))
     log(report.table(figures))
-    if (target / "model_index.json").is_file() and {"prior", "last"} & set(settings.parts):
-        log("note: the diffusers pipeline in the folder draws head and offset alone; flux2pixel draws every part")
     log(f"wrote {target}")
 
 
