@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
 from flux2pixel.asymflow.readout import Readout
 from flux2pixel.asymflow.solvers import sample
+from flux2pixel.asymflow.tokens import unpatchify
 from flux2pixel.cli.app import app
 from flux2pixel.convert.run import convert
 from flux2pixel.models.folder import read_folder
@@ -80,6 +83,24 @@ def test_a_folder_with_every_part_draws_another_picture(run, read_out):
     assert errors["any linear map of the features"] <= 1.05 * errors["+ last step"]
     assert record["images"] == 96 and 0 < record["held_out_images"] < 40
     assert "| + last step |" in (read_out / "readout.md").read_text()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_travelling_pipeline_draws_every_part(read_out, tmp_path, monkeypatch, guidance):
+    """The folder's own code, and a folder that it saved, against flux2pixel's drawing, all in float32."""
+    monkeypatch.setattr(torch, "autocast", lambda *given, **named: nullcontext())
+    model = open_model(read_out, load(None, [f"sample.guidance={guidance}"]).sample)
+    text, empty = model.text(["a photo of a red circle"]), model.text([""])
+    noise = model.noise([(0, 0)], model.size)
+    ours = model(text, empty, noise, model.size)
+    call = {"prompt": "a photo of a red circle", "guidance_scale": guidance, "output_type": "pt"}
+    call["latents"] = unpatchify(noise, 8, *model.size)
+    pipe = DiffusionPipeline.from_pretrained(read_out, trust_remote_code=True, dtype=torch.float32)
+    assert pipe.readout.last is not None and pipe.readout.variance is not None
+    assert (pipe(**call).images - ours).abs().max() < 1e-3
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True, dtype=torch.float32)
+    assert (again(**call).images - ours).abs().max() < 1e-3
 
 
 def test_the_head_alone_is_a_stock_model(run, tmp_path):
