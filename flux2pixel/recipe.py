@@ -245,7 +245,7 @@ def load(
 ) -> Recipe:
     """Resolve a recipe: generic defaults < the base's own < the file < ``section.key=value`` overrides < ``settings``.
 
-    ``settings`` are keys and tables (``load(base="klein-tiny", finetune={"steps": 3})``); ``fallback`` is the base
+    ``settings`` are keys and tables (``load(base="flux2-klein-4b", finetune={"steps": 3})``); ``fallback`` is the base
     where nobody names one. Override values are TOML; what is not is a string, so ``sample.solver=heun`` needs no
     quotes. Raises UsageError naming file and key on an unreadable file, an unknown key or a wrong value.
     """

@@ -46,6 +46,8 @@ def test_the_miniature_is_not_named_outside_its_room():
     for path in PACKAGE.rglob("*.py"):
         if "miniature" not in path.relative_to(PACKAGE).parts:
             text = path.read_text()
+            if path == PACKAGE / "__init__.py":  # its docstring shows the bundled base to a newcomer
+                text = text.replace(ast.get_docstring(ast.parse(text), clean=False) or "", "")
             assert "klein-tiny" not in text and "flux2pixel.miniature" not in text, path
 
 
