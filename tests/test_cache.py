@@ -164,7 +164,7 @@ def test_killed_and_started_again_it_goes_on(made, photos, base, tmp_path, monke
     seen = []
     encoded = base.encode
     monkeypatch.setattr(base, "encode", lambda rgb: (seen.append(len(rgb)), encoded(rgb))[1])
-    recipe = load(tmp_path / "recipe.toml")
+    recipe = load(None, [f"data.source={photos}", "finetune.images=0", "data.batch=4"])
     resumed = encode.make(recipe, tmp_path, base)
     assert sum(seen) == 30 - sum(_rows(images / name) for name in kept)
     assert {name: (images / name).stat().st_mtime_ns for name in kept} == kept

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -38,14 +39,19 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for module, name in [
         ("subspace.run", "fit_subspace"),
-        ("subspace.without_images", "fit_without_images"),
         ("convert.run", "convert"),
+        ("readout.run", "fit_readout"),
         ("finetune.run", "finetune"),
         ("evaluate.run", "evaluate"),
     ]:
         fake = types.ModuleType(f"flux2pixel.{module}")
         setattr(fake, name, lambda *given, name=name, **named: calls.append((name, given)))
+        fake.check = lambda *given: None  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"flux2pixel.{module}", fake)
+    # The stand-in of a fit writes no subspace, so convert would have one made without images.
+    fake = types.ModuleType("flux2pixel.subspace.without_images")
+    fake.fit_without_images = lambda *given: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flux2pixel.subspace.without_images", fake)
 
     class Pencil:
         def generate(self, texts: list[str], *, count: int, **settings: Any) -> list[Image.Image]:
@@ -97,15 +103,16 @@ def test_run_calls_the_stages_in_order(tmp_path: Path, stages: list[Any]) -> Non
     run = tmp_path / "a" / "run"
     result = invoke("run", "--run", run, "--seed", "5", "--steps", "9", "--suite", "geneval")
     assert result.exit_code == 0, result.output
-    assert [name for name, _ in stages] == ["fit_subspace", "convert", "finetune", "evaluate"]
+    assert [name for name, _ in stages] == ["fit_subspace", "convert", "fit_readout", "finetune", "evaluate"]
     recipe = load(None, ["seed=5", "finetune.steps=9", 'eval.suite=["geneval"]'])
     assert all(given[:2] == (recipe, run) for _, given in stages)
     seconds = json.loads((run / "seconds.json").read_text())
-    assert list(seconds) == ["fit_subspace", "convert", "finetune"]
+    assert list(seconds) == ["fit_subspace", "convert", "fit_readout", "finetune"]
     assert sorted(path.name for path in run.iterdir()) == ["seconds.json"]
     nexts = [line for line in result.stderr.splitlines() if line.startswith("next: ")]
     assert nexts == [
         f"next: flux2pixel convert --run {run}",
+        f"next: flux2pixel fit-readout --run {run}",
         f"next: flux2pixel finetune --run {run}",
         f"next: flux2pixel eval --run {run}",
         f"next: open {run / 'report.html'} in a browser",
@@ -227,7 +234,7 @@ def test_the_first_screen_chains_on_one_base_and_one_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").touch()
-    monkeypatch.setattr("flux2pixel.families.open_base", lambda *given, **named: None)
+    monkeypatch.setattr("flux2pixel.models.base.open_base", lambda *given, **named: None)
     monkeypatch.setattr("flux2pixel.subspace.settings.check", lambda *given: None)
     for words in (
         ["fit-subspace", "--images", "photos"],
@@ -260,7 +267,7 @@ def test_a_dry_run_under_a_launcher_stops_every_process(
 def test_a_training_that_is_stopped_in_order_keeps_its_recipe(
     tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*given: Any) -> None:
+    def stop(*given: Any, **named: Any) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr(sys.modules["flux2pixel.finetune.run"], "finetune", stop)
@@ -320,7 +327,7 @@ def test_run_with_gpus_launches_each_stage_that_takes_them(
     run, given = tmp_path / "run", list(sys.argv)
     result = invoke("run", "--run", run, "--gpus", "2", "--seed", "5", "--set", "eval.prompts=2")
     assert result.exit_code == 0, result.output
-    assert [words[0] for words in launched] == ["fit-subspace", "finetune", "eval"] and sys.argv == given
+    assert [words[0] for words in launched] == ["fit-subspace", "fit-readout", "finetune", "eval"] and sys.argv == given
     assert [name for name, _ in stages] == ["convert"]
     for words in launched:
         assert words[-4:] == ["--set", "eval.prompts=2", "--set", "seed=5"] and words[words.index("--gpus") + 1] == "2"
@@ -344,7 +351,7 @@ def test_stages_get_their_paths(tmp_path: Path, stages: list[Any]) -> None:
         assert result.exit_code == 0, result.output
     assert [given[2:] for _, given in stages] == [
         (out, ()),
-        (subspace, out, Extras(link=True)),
+        (subspace, out, Extras(link=True), torch.device("cpu"), False),
         (tmp_path, None),
         ([str(tmp_path), f"b={tmp_path}"], None, ()),
     ]

@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def test_report_has_what_scripts_read(run):
     report = json.loads((run / "report.json").read_text())
-    assert set(report["models"]) == {"base", "converted", "finetuned"}
+    assert set(report["models"]) == {"base", "converted", "readout", "finetuned"}
     for model in report["models"].values():
         assert "overall" not in model["geneval"], "24 prompts of 120 are a partial run"
         assert len(model["geneval"]["missing"]) == 480 - 24

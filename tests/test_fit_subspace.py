@@ -49,6 +49,7 @@ def base(tmp_path_factory):
 
 def recipe(base: Path, images: Path | str, *settings: str) -> Recipe:
     told = [f'base="{base}"', f'fit_subspace.source="{images}"', "threads=1", "fit_subspace.points=2"]
+    told += ["fit_subspace.resolution=0", "fit_subspace.batch=250"]
     return load(None, told + [f"fit_subspace.{setting}" for setting in settings])
 
 

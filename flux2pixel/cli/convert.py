@@ -80,16 +80,12 @@ def convert_command(
 def rewrite(
     job: Job, subspace: Path | None = None, out: Path | None = None, overwrite: bool = False, **extras: Any
 ) -> None:
-    """Convert, and name the training as what comes next; without a subspace one is fitted to the VAE alone."""
+    """Convert, and name the readout as what comes next; without a subspace one is fitted to the VAE alone."""
     from flux2pixel.convert.prepare import Extras
     from flux2pixel.convert.run import convert
     from flux2pixel.runtime.device import choose
 
-    words = [
-        "finetune",
-        *(["--model", str(out)] if out else []),
-        *([] if job.recipe.data.source else ["--images", "DIR"]),
-    ]
+    words = ["fit-readout", *(["--model", str(out)] if out else [])]
     with job.stage("convert", [out or job.run / CONVERTED], then=job.command(*words)):
         fitted = extras.get("adapter") or subspace or job.run / SUBSPACE
         if not fitted.is_file():

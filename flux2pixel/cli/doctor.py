@@ -15,7 +15,6 @@ import typer
 
 from flux2pixel.cli.options import Flags
 from flux2pixel.cli.stage import resolve
-from flux2pixel.data.sources import own_source
 from flux2pixel.families.known import KNOWN, Known
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -144,6 +143,8 @@ def _host_memory(root: Path = Path("/")) -> int:
 
 def _files(recipe: Recipe, run: Path, folder: Path) -> list[str]:
     """What is wrong with the images that the recipe names, and with the run directory; ``folder`` is there already."""
+    from flux2pixel.data.sources import own_source
+
     problems = []
     for key, source in (("fit_subspace", recipe.fit_subspace.source), ("data", recipe.data.source)):
         elsewhere = source.startswith("hf:") or "://" in source or source == "photographs" or own_source(source)

@@ -46,7 +46,7 @@ def eval_command(
         _fetch(job.recipe)
         return
     _check(model or (), images or ())
-    if not model and not images:
+    if not model and not images and flags.base is None:
         check_run(job)
     takes: Sequence[Path | str] = [*(model or ()), *(images or ())]
     takes = takes or [f"base {job.recipe.base}", *(job.run / name for name in reversed(MODELS))]

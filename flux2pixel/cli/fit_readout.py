@@ -59,5 +59,7 @@ def fit(
         check(job.recipe, model or job.run / CONVERTED)
         if gpus > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch("fit-readout", gpus))
-    with job.stage("fit-readout", [target], then=job.command("eval", "--model", target)):
+    words = ["finetune", *(["--model", str(out)] if out else [])]
+    words += [] if job.recipe.data.source else ["--images", "DIR"]
+    with job.stage("fit-readout", [target], then=job.command(*words)):
         fit_readout(job.recipe, job.run, model, out, merge)
