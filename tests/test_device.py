@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flux2pixel.asymflow.codec import Codec
 from flux2pixel.asymflow.method import AsymFlow
-from flux2pixel.models.base import open_base, resolve
+from flux2pixel.models.base import open_base
 from flux2pixel.models.model import LatentModel, PixelModel, open_model, seeded_noise
-from flux2pixel.recipe import load
+from flux2pixel.models.sampler import base_sampler
 from flux2pixel.runtime import device
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.weights.subspace import write_subspace
@@ -30,37 +31,38 @@ def moved(network: nn.Module) -> nn.Module:
     return network
 
 
-def on_gpu(solver: str, pixel: bool) -> torch.Tensor:
-    base = open_base(resolve("klein-tiny"))
-    settings = load(None, ["sample.steps=3", f"sample.solver={solver}"]).sample
+def on_gpu(solver: str, pixel: bool, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    base = open_base("klein-tiny")
+    sampler = base_sampler(base).changed({"steps": 3, "solver": solver, "shift": 32.0 if pixel else None})
     text, empty, noise = base.text(["a red circle"]), base.text([""]), seeded_noise([(0, 0)], 16, base.token_width)
-    network = base.transformer
+    network, vae = base.transformer, base.vae
     if pixel:
         network = base.network_class().from_config(base.pixel_config(dict(network.config)))
     flow = AsymFlow(torch.eye(base.token_width)[:, : base.latent_width], 0.5)
-    vae, base.device = base.vae, CUDA
+    kind = PixelModel if pixel else LatentModel
+    # The scheduler looks at its own numbers, which fake tensors do not have; the grid is moved by the caller.
+    levels = kind(base, sampler, Codec(base.patch_size), flow=flow).levels((32, 32))
+    monkeypatch.setattr(kind, "levels", lambda self, size: levels)
     with FakeTensorMode(allow_non_fake_inputs=True):
         flow.basis, flow.scale = (torch.empty(value.shape, device=CUDA) for value in (flow.basis, flow.scale))
         for part in (network, vae):
             moved(part)
-        model = (
-            PixelModel(base, network, flow, base.patch_size, settings) if pixel else LatentModel(base, flow, settings)
-        )
+        model = kind(base, sampler, Codec(base.patch_size), flow=flow).with_network(network)
         return model(text, empty, noise, (32, 32))
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type", "ignore:CUDA is not available")
 @pytest.mark.parametrize("pixel", [False, True], ids=["base", "pixel"])
-def test_a_model_draws_where_its_weights_are(pixel: bool) -> None:
-    drawn = on_gpu("euler", pixel)
+def test_a_model_draws_where_its_weights_are(pixel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = on_gpu("euler", pixel, monkeypatch)
     assert drawn.device == CUDA and drawn.shape == (1, 3, 32, 32)
 
 
-def test_a_base_and_a_pixel_model_load_to_the_device_asked_for(tmp_path: Path) -> None:
+def test_a_model_loads_to_the_device_asked_for(tmp_path: Path) -> None:
     """meta stands for the GPU: whatever is loaded goes there."""
     write_subspace(tmp_path / "subspace.safetensors", torch.eye(192)[:, :48], torch.tensor(1.0), {"method": "test"})
-    model = open_model(resolve("klein-tiny"), subspace=tmp_path / "subspace.safetensors", device="meta")
-    assert {part.device.type for part in (model.base.transformer, model.base.vae, model.flow.basis)} == {"meta"}
+    model = open_model("klein-tiny", subspace=tmp_path / "subspace.safetensors", device="meta")
+    assert {part.device.type for part in (model.base.transformer, model.base.vae, model)} == {"meta"}
 
 
 def test_the_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_trained_parameters_of_other_groups_are_refused(fresh, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "is whole, but cannot be loaded now (OutOfMemoryError: CUDA"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "is whole, but cannot be loaded now (OutOfMemoryError: out of"),
         (OSError(5, "Input/output error"), "is whole, but cannot be loaded now (OSError: Input/output error)"),
         (RuntimeError("PytorchStreamReader failed reading zip archive"), "is damaged (RuntimeError: PytorchStream"),
     ],
@@ -279,8 +279,8 @@ def test_other_images_are_accepted_if_the_recipe_says_so(fresh, monkeypatch, cap
 def test_one_process_chooses_the_checkpoint(fresh, monkeypatch):
     """The others take the leading one's, whatever their own view of the file system is."""
     seen = []
-    gather = Team.gather
-    monkeypatch.setattr(Team, "gather", lambda self, value: (seen.append(value), gather(self, value))[1])
+    broadcast = Team.broadcast
+    monkeypatch.setattr(Team, "broadcast", lambda self, value: (seen.append(value), broadcast(self, value))[1])
     interrupted(monkeypatch, small(), fresh)
     stage.finetune(small(), fresh)
     assert fresh / "checkpoints" / "step-00000002" in seen

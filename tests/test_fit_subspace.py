@@ -172,7 +172,7 @@ def test_unfinished_sums_of_other_settings_are_left_out(base, photos, tmp_path):
 
 def test_two_processes_equal_one(base, photos, tmp_path):
     words = [sys.executable, "-m", "flux2pixel", "fit-subspace", "--base", base, "--images", photos]
-    words += ["--set", "threads=1"]
+    words += ["--set", "threads=1", "--set", "fit_subspace.resolution=0", "--set", "fit_subspace.batch=250"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words += ["--gpus", "2", "--run", tmp_path / "two"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment)

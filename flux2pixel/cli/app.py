@@ -4,6 +4,7 @@ A command resolves the recipe, checks what can be checked before any work and ca
 are imported by the verbs, never here.
 """
 
+import logging
 from typing import Annotated
 
 import typer
@@ -74,6 +75,9 @@ def _top(
 
 def main() -> None:
     """Entry point of the ``flux2pixel`` command."""
+    # torchao, where it is installed, makes two libraries talk about their own internals at every import.
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(prog_name="flux2pixel")
     except SystemExit as left:
