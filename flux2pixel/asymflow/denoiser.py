@@ -44,8 +44,9 @@ class Denoiser:
         flow: the method's basis and scale; None for a latent network, whose tokens need neither calibration nor
             recovery: x0_hat = x - sigma v.
         guidance: scale of the guidance; 1 is none.
-        mix: how the family guides on v. Linear in v, or by norms that an orthonormal basis keeps, so that a converted
-            model is guided as its latent base is.
+        mix: how the family guides on v. One that is not linear, such as by norms of v, sees the low-rank part A^T v
+            alone, whose norms are the latent base's; what a head's readout writes into the complement is guided
+            linearly. So a converted model is guided as its latent base is, readout or not.
         orthogonal: guide on x0_hat instead, without the component parallel to it (method: AsymFlow section 6;
             Sadat et al., 2410.02416).
         clamp: applied to every x0_hat, such as to the gamut.
@@ -75,10 +76,18 @@ class Denoiser:
             clean, other = (self._recover(branch, x, sigma) for branch in (v, away))
             x0 = guide(clean, other, self.guidance, orthogonal=True)
         else:
-            x0 = self._recover(self.mix(v, away, self.guidance), x, sigma)
+            x0 = self._recover(self._mixed(v, away), x, sigma)
         if self.readout is not None:
             x0 = self.readout(x0, x, sigma, final)
         return x0 if self.clamp is None else self.clamp(x0)
+
+    def _mixed(self, v: Tensor, away: Tensor) -> Tensor:
+        if self.flow is None or self.mix is plain:
+            return self.mix(v, away, self.guidance)
+        basis = self.flow.basis.to(v)
+        low = v @ basis, away @ basis
+        beyond = self.mix(*low, self.guidance) - plain(*low, self.guidance)
+        return plain(v, away, self.guidance) + beyond @ basis.mT
 
     def _recover(self, v: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         if self.flow is not None:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from flux2pixel.asymflow.denoiser import plain
 from flux2pixel.families.configs import init_config
 from flux2pixel.runtime.errors import UsageError
 
@@ -294,10 +295,8 @@ class Family(ABC):
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 
-    @staticmethod
-    def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance on network outputs v (B, N, C), as the family's own pipeline does it."""
-        return unconditional + scale * (conditional - unconditional)
+    # Guidance on network outputs v (B, N, C), as the family's pipeline does it.
+    guide = staticmethod(plain)
 
     def pixel_name(self, name: str) -> str:
         """The name, in the pixel model, of a parameter or module of the latent one."""

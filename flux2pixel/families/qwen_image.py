@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from flux2pixel.asymflow.denoiser import plain
 from flux2pixel.families.base import (
     TEXT_LENGTH,
     Conditioning,
@@ -70,10 +71,9 @@ class QwenImage(Family):
     def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """Guidance rescaled, token by token, to the conditional v's length.
 
-        The length is that of v, before any recovery: the basis is orthonormal, so ||A v|| = ||v|| and a converted
-        model is guided as its latent base is. Lengths of x0_hat would not agree.
+        The length is that of v, before any recovery; lengths of x0_hat would not agree.
         """
-        guided = unconditional + scale * (conditional - unconditional)
+        guided = plain(conditional, unconditional, scale)
         length = guided.norm(dim=-1, keepdim=True)
         return guided * (conditional.norm(dim=-1, keepdim=True) / length.clamp(min=torch.finfo(guided.dtype).tiny))
 

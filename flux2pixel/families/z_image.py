@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from flux2pixel.asymflow.denoiser import plain
 from flux2pixel.families.base import (
     Conditioning,
     Encoder,
@@ -76,7 +77,7 @@ class ZImage(KLFamily):
         With ``normalization`` c > 0 (the pipeline's cfg_normalization) an image's guided v is never longer than c
         times its conditional v. Lengths of v are the same in pixels and latents, since the basis is orthonormal.
         """
-        guided = unconditional + scale * (conditional - unconditional)
+        guided = plain(conditional, unconditional, scale)
         if normalization > 0:
             length, limit = (x.flatten(1).norm(dim=1).view(-1, 1, 1) for x in (guided, normalization * conditional))
             guided = guided * (limit / length.clamp(min=torch.finfo(guided.dtype).tiny)).clamp(max=1)
