@@ -27,6 +27,7 @@ from flux2pixel.evaluate.store import CHUNK, Digests, Entry, Ledger, Texts
 from flux2pixel.evaluate.suite import Prompt, Record
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
+from flux2pixel.models.model import open_model
 from flux2pixel.recipe import load
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
@@ -223,7 +224,7 @@ def test_models_of_one_encoder_share_their_texts_and_nothing_is_loaded_together(
     def count(self: Base, prompts: Any) -> Any:
         assert not drawing
         order.append("text")
-        encoders.append(weakref.ref(self.text_encoder))
+        encoders.extend(weakref.ref(part) for part in self.text_parts.values() if isinstance(part, torch.nn.Module))
         texts.extend(prompts)
         return text(self, prompts)
 
@@ -281,7 +282,9 @@ def test_the_report_says_how_every_column_was_drawn(run: Path, tmp_path: Path) -
     drawn = {name: row["generation"] for name, row in rows.items()}
     for one in drawn.values():
         assert (one["steps"], one["guidance"], one["seed"], one["sizes"]) == (2, 2.0, 0, {"geneval": {"32x32": 6}})
-    assert drawn["converted"]["shift"] == 1.0 and "shift" not in drawn["stock"]
+    scale = float(open_model(run / "converted").flow.scale)
+    assert drawn["converted"]["shift"] == pytest.approx(scale * 1024 / 32, rel=1e-3), "the base's own shift of 1"
+    assert "shift" not in drawn["stock"]
 
 
 def test_a_model_on_the_hub_is_asked_for_and_a_mistyped_folder_is_not(
@@ -298,7 +301,7 @@ def test_a_model_on_the_hub_is_asked_for_and_a_mistyped_folder_is_not(
     (tmp_path / "runs").mkdir()
     words = ["eval", "--run", str(tmp_path / "run"), "--suite", "geneval", "--model"]
     mistyped = CliRunner().invoke(app, [*words, "runs/convertd"])
-    assert mistyped.exit_code == 2 and "no such folder runs/convertd" in mistyped.stderr and not asked
+    assert mistyped.exit_code == 2 and "runs/convertd: no such folder" in mistyped.stderr and not asked
     settings = [word for setting in SMALL for word in ("--set", setting)]
     done = CliRunner().invoke(app, [*words, "hub=someone/pixels", *settings])
     assert done.exit_code == 0 and asked == ["someone/pixels"], done.output
