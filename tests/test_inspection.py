@@ -147,7 +147,7 @@ def test_doctor_holds_the_recipe_against_the_machine(
 ) -> None:
     """B5: "can run here" on two CPUs for a recipe of a 24 GB GPU."""
     monkeypatch.setattr(module, "_devices", lambda: cards)
-    monkeypatch.setattr(module, "_host_memory", lambda: host * GIB)
+    monkeypatch.setattr(module, "available_memory", lambda: host * GIB)
     monkeypatch.setattr(module, "_hub", lambda known, offline: [])
     monkeypatch.setattr(module, "version", lambda name: "1")
     monkeypatch.setattr("flux2pixel.finetune.plan.plan.plan", lambda recipe, run, gpus: planned(name))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flux2pixel.cli.options import Flags, Gpus
+from flux2pixel.cli.options import Flags, Gpus, PlanOnly
 from flux2pixel.cli.stage import resolve, with_training_images
 from flux2pixel.runtime.launch import check_gpus
 
@@ -19,7 +19,7 @@ def cache_command(
     count: Annotated[int | None, typer.Option("--count", help="How many of them; 0 = all.")] = None,
     source: Annotated[str | None, typer.Option("--source", hidden=True, help="Older name of --images.")] = None,
     gpus: Gpus = 1,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the memory that it takes, then stop.")] = False,
+    plan: PlanOnly = False,
 ) -> None:
     """Encode the training images and captions once: pixels, latents and text embeddings. Goes on after a kill."""
     check_gpus(gpus)
@@ -27,10 +27,12 @@ def cache_command(
         count, images = int(images) if count is None else count, None
     job = with_training_images(resolve(flags, data__source=images or source, finetune__images=count))
     if plan:
-        from flux2pixel.data.encode import open_encoders
-        from flux2pixel.data.plan import lines, plan_cache
+        from flux2pixel.data.encode import encoders_dtype
+        from flux2pixel.data.plan import plan_cache
+        from flux2pixel.models.plan import lines, planned_base
 
-        typer.echo("\n".join(lines(job.recipe, plan_cache(job.recipe, open_encoders(job.recipe)), gpus)))
+        passes = plan_cache(job.recipe, planned_base(job.recipe.base, encoders_dtype(job.recipe)))
+        typer.echo("\n".join(lines(f"cache of {job.recipe.base}", passes, gpus)))
         return
     folder = job.run / job.recipe.data.cache
     takes: list[Path | str] = [f"base {job.recipe.base}", f"images {job.recipe.data.source}"]

@@ -18,6 +18,7 @@ from flux2pixel.cli.stage import resolve
 from flux2pixel.families.known import KNOWN, Known
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
+from flux2pixel.runtime.memory import available_memory
 
 GIB = 2**30
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "typer")
@@ -43,7 +44,7 @@ def doctor(recipe: Recipe, run: Path, gpus: int = 1, *, offline: bool = False) -
     Memory and disk are held against the plan of the recipe's training, made of fake tensors: no weight is loaded.
     ``offline`` asks nothing of the Hub.
     """
-    cards, host, problems = _devices(), _host_memory(), list[str]()
+    cards, host, problems = _devices(), available_memory(), list[str]()
     lines = ["versions", f"  python  {platform.python_version()} ({platform.system()} {platform.machine()})"]
     for name in (*REQUIRED, *optional_packages(recipe)):
         found, what = version(name), "" if name in REQUIRED else f" (for {optional_packages(recipe)[name]})"
@@ -126,19 +127,6 @@ def _devices() -> list[Card]:
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _host_memory(root: Path = Path("/")) -> int:
-    """Bytes that a process may take: the machine's, or less if its control group has a limit."""
-    limits = []
-    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((root / name).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    if hasattr(os, "sysconf"):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits, default=0)
 
 
 def _files(recipe: Recipe, run: Path, folder: Path) -> list[str]:

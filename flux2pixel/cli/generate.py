@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flux2pixel.cli.options import SUBSPACE, Dtype, Flags, Overwrite, SampleSteps
+from flux2pixel.cli.options import SUBSPACE, Dtype, Flags, Offload, Overwrite, PlanOnly, Quantize, SampleSteps
 from flux2pixel.cli.stage import MODELS, Job, check_model, check_run, resolve
+from flux2pixel.cli.weights import held, print_plan
 from flux2pixel.runtime import files
 from flux2pixel.runtime.errors import UsageError
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def generate_command(
@@ -45,24 +45,30 @@ def generate_command(
     solver: Annotated[str | None, typer.Option("--solver", help="euler, heun or unipc.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images drawn at a time.")] = 4,
     dtype: Dtype = None,
+    offload: Offload = None,
+    quantize: Quantize = None,
+    plan: PlanOnly = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images of one or more prompts."""
-    texts = _prompts(prompt or (), prompts)
+    texts = [] if plan and not prompt and prompts is None else _prompts(prompt or (), prompts)
     height, width = _size(size, height, width)
     check_model(model)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     sample: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": solver, "height": height, "width": width}
     job = resolve(flags, **{f"sample__{name}": value for name, value in sample.items()})
-    if model is None:
+    weights = held(job, dtype, offload, quantize, plan)
+    if model is None and not plan:
         check_run(job)
     latest = [job.run / name for name in MODELS if (job.run / name / "asymflow.json").is_file()]
     chosen = model or (latest[0] if latest else job.recipe.base)
+    if plan:
+        shape = _asked(job)
+        print_plan(job, "generate", [str(chosen)], weights, prompts=len(texts) + 1, batch=batch, size=shape)
+        return
     paths = _paths(job, out, len(texts) * num_images, overwrite)
     if job.planned([chosen], paths):
         return
-    images, about = _draw(job, chosen, texts, num_images, negative, batch, dtype)
+    images, about = _draw(job, chosen, texts, num_images, negative, batch, weights)
     rows = [text for text in texts for _ in range(num_images)]
     for index, (image, path, text) in enumerate(zip(images, paths, rows, strict=True)):
         save(image, path, {"prompt": text, "seed": job.recipe.seed, "index": index, **about})
@@ -82,7 +88,13 @@ def save(image: "Image", path: Path, about: dict[str, Any]) -> None:
 
 
 def _draw(
-    job: Job, model: str | Path, texts: Sequence[str], count: int, negative: str, batch: int, dtype: str | None
+    job: Job,
+    model: str | Path,
+    texts: Sequence[str],
+    count: int,
+    negative: str,
+    batch: int,
+    weights: dict[str, Any],
 ) -> tuple[list["Image"], dict[str, Any]]:
     """The images, and what an image says of its making beside prompt and seed."""
     import torch
@@ -100,22 +112,25 @@ def _draw(
         job.recipe.sample,
         subspace=subspace if subspace.is_file() else None,
         device=place,
-        dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
+        **weights,
     )
     log(f"generate: model {model} on {device.describe(place)}")
-    asked = job.recipe.sample
-    size = None
-    if asked.height or asked.width:
-        size = (asked.height or asked.width or 0, asked.width or asked.height or 0)
     # Only what was asked for is passed on: a base may know no negative prompt.
     more: dict[str, Any] = {"negative": negative} if negative else {}
     with bar("generate", len(texts) * count) as progress:
         images = opened.generate(
-            texts, seed=job.recipe.seed, count=count, size=size, batch=batch, on_image=progress.advance, **more
+            texts, seed=job.recipe.seed, count=count, size=_asked(job), batch=batch, on_image=progress.advance, **more
         )
     sampler = getattr(opened, "sampler", None)
     about = {"model": str(model), "settings": sampler.as_dict() if sampler else {}}
     return images, about | more | {"software": f"flux2pixel {__version__}"}
+
+
+def _asked(job: Job) -> tuple[int, int] | None:
+    """(height, width) where either was asked for, of recipe or flags; one stands for both."""
+    asked = job.recipe.sample
+    side = asked.height or asked.width
+    return (asked.height or side, asked.width or side) if side else None
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[str]:

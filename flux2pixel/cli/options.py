@@ -70,4 +70,19 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", rich_help_panel=MACHINE, help="Of the weights: bf16, fp16 or fp32. Default: as stored."),
 ]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        rich_help_panel=MACHINE,
+        help="Weights wait on the CPU: model (whole ones as called), group or sequential (layers; slow).",
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", rich_help_panel=MACHINE, help="The transformer's weights in 8 bits: int8 or fp8."),
+]
+PlanOnly = Annotated[
+    bool, typer.Option("--plan", rich_help_panel=CONTROL, help="Print the memory that it takes, then stop.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", rich_help_panel=CONTROL, help="Replace what is already there.")]

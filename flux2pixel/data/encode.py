@@ -84,8 +84,13 @@ class ShardWriter:
 
 
 def open_encoders(recipe: Recipe) -> Base:
-    """The base, its text encoder in bf16 where the cache is: float32 would take 32 GB for klein 9B's."""
-    return bases.open_base(recipe.base, torch.bfloat16 if recipe.data.dtype == "bf16" else torch.float32)
+    """The base whose encoders make the cache."""
+    return bases.open_base(recipe.base, encoders_dtype(recipe))
+
+
+def encoders_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the text encoder: bf16 where the cache is, as float32 would take 32 GB for klein 9B's."""
+    return torch.bfloat16 if recipe.data.dtype == "bf16" else torch.float32
 
 
 def cache_folder(recipe: Recipe, run: Path) -> Path:

@@ -27,6 +27,7 @@ from flux2pixel.families.configs import read_config
 from flux2pixel.models import base as bases
 from flux2pixel.models.folder import equals_its_base, is_pixel_folder, read_folder
 from flux2pixel.models.model import Model, open_model, to_bytes
+from flux2pixel.models.offload import Offload, Quantize, check
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
 
@@ -49,6 +50,25 @@ class Candidate:
     encode: Callable[[], Encode] | None = None
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How weights are held while they draw; nothing said is bf16, float32 on the CPU, all on the device."""
+
+    dtype: torch.dtype | None = None
+    offload: Offload | None = None
+    quantize: Quantize | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides pixels, where it was asked for."""
+        dtype = {"dtype": str(self.dtype).removeprefix("torch.")} if self.dtype else {}
+        return dtype | ({"quantize": self.quantize} if self.quantize else {})
+
+    def dtype_on(self, place: torch.device) -> torch.dtype:
+        """Of text encoders and stock pipelines: bf16, as they were trained, and float32 where that is slow."""
+        return self.dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+
+
 def named(text: str) -> tuple[str | None, str]:
     """Split ``name=path``; a plain path has no name of its own."""
     name, equals, path = text.partition("=")
@@ -60,7 +80,14 @@ def named(text: str) -> tuple[str | None, str]:
 
 
 def candidate(
-    text: str, recipe: Recipe, run: Path, digests: Digests, texts: Texts, place: torch.device, matched: bool = False
+    text: str,
+    recipe: Recipe,
+    run: Path,
+    digests: Digests,
+    texts: Texts,
+    place: torch.device,
+    matched: bool = False,
+    weights: Weights = Weights(),
 ) -> Candidate:
     """Resolve ``[name=]model[+adapter]`` without loading weights. Raises UsageError if it is not a model.
 
@@ -81,11 +108,14 @@ def candidate(
         digest = _join(digest, digests.of_file(run / "subspace.safetensors"))
     if lora is not None:
         digest = _join(digest, digests.of_model(lora) if lora.is_dir() else digests.of_file(lora))
+    if weights.quantize and (kind == "stock" or lora is not None):
+        raise UsageError(f"--quantize {weights.quantize}: {text} is a stock pipeline or has an adapter; leave it out")
+    check(weights.offload, weights.quantize, place)
     if kind == "stock":
-        stock = StockDrawer(folder, recipe, place, lora)
+        stock = StockDrawer(folder, recipe, place, lora, weights)
         return Candidate(name, folder, kind, digest, stock.settings, stock.open)
-    encoder = _join(_encoder(folder, digests), str(text_dtype(place)))
-    flow = FlowDrawer(folder, recipe, run, place, texts, encoder, lora, matched and kind == "latent")
+    encoder = _join(_encoder(folder, digests), str(weights.dtype_on(place)))
+    flow = FlowDrawer(folder, recipe, run, place, texts, encoder, lora, matched and kind == "latent", weights)
     return Candidate(name, folder, kind, digest, flow.settings, flow.open, encoder, flow.encoder)
 
 
@@ -116,11 +146,6 @@ def _encoder(folder: Path, digests: Digests) -> str:
     return digests.of_model(folder, parts or ["."])
 
 
-def text_dtype(place: torch.device) -> torch.dtype:
-    """What text encoders and stock pipelines run in: bf16, as they were trained, and float32 where that is slow."""
-    return torch.float32 if place.type == "cpu" else torch.bfloat16
-
-
 def _names(prompts: Sequence[str], keys: Sequence[Key]) -> list[str]:
     """What an error calls the images of a batch."""
     return [f"{prompt!r}, seed {seed}, sample {index}" for prompt, (seed, index) in zip(prompts, keys, strict=True)]
@@ -142,9 +167,11 @@ class FlowDrawer:
         encoder: str,
         lora: Path | None = None,
         matched: bool = False,
+        weights: Weights = Weights(),
     ):
         self._folder, self._recipe, self._run, self._place = folder, recipe, run, place
         self._texts, self._encoder, self._lora, self._matched = texts, encoder, lora, matched
+        self._weights = weights
         self._model: Any = None
 
     def _open(self) -> Model:
@@ -160,7 +187,9 @@ class FlowDrawer:
             self._recipe.sample if pixel else None,
             subspace=subspace if not pixel and subspace.is_file() else None,
             device=self._place,
-            dtype=None if self._place.type != "cpu" else torch.float32,
+            dtype=self._weights.dtype,
+            offload=self._weights.offload,
+            quantize=self._weights.quantize,
         )
         if not self._matched:
             return model
@@ -172,11 +201,13 @@ class FlowDrawer:
         """The sampler, and where the noise is from."""
         pixel = is_pixel_folder(self._folder)
         kind = {"kind": "pixel", "equals_base": equals_its_base(self._folder)} if pixel else {"kind": "latent"}
-        return kind | {"matched": self._matched, "noise": "numpy"} | self._open().sampler.as_dict()
+        kind |= {"matched": self._matched, "noise": "numpy"} | self._weights.settings
+        return kind | self._open().sampler.as_dict()
 
     def encoder(self) -> Encode:
         """Open the text encoder alone."""
-        base = bases.open_base(self._folder, text_dtype(self._place), device=self._place)
+        dtype = self._weights.dtype_on(self._place)
+        base = bases.open_base(self._folder, dtype, device=self._place, offload=self._weights.offload)
 
         def encode(prompts: list[str]) -> Conditioning:
             return base.text(prompts)
@@ -206,8 +237,8 @@ class StockDrawer:
     The prompt's samples are drawn together, so that its text is encoded once for all of them.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, place: torch.device, lora: Path | None):
-        self._folder, self._place, self._lora = folder, place, lora
+    def __init__(self, folder: Path, recipe: Recipe, place: torch.device, lora: Path | None, weights: Weights):
+        self._folder, self._place, self._lora, self._weights = folder, place, lora, weights
         said = {"num_inference_steps": recipe.sample.steps, "guidance_scale": recipe.sample.guidance}
         self._said = {name: value for name, value in said.items() if value is not None}
         self._own = _call_defaults(folder)
@@ -219,7 +250,8 @@ class StockDrawer:
         """What the pipeline is told; the rest is its own."""
         told = self._own | self._said
         steps, guidance = told.get("num_inference_steps"), told.get("guidance_scale")
-        return {"kind": "stock", "noise": "torch", "steps": steps, "guidance": guidance}
+        own = {"kind": "stock", "noise": "torch", "steps": steps, "guidance": guidance}
+        return own | self._weights.settings
 
     def open(self) -> StockDrawer:
         """Load the pipeline."""
@@ -229,14 +261,23 @@ class StockDrawer:
 
         quiet_libraries()
         try:
-            pipeline = DiffusionPipeline.from_pretrained(self._folder, dtype=text_dtype(self._place))
+            pipeline = DiffusionPipeline.from_pretrained(self._folder, dtype=self._weights.dtype_on(self._place))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise Flux2PixelError(f"{self._folder}: cannot be loaded as a pipeline ({reason})") from error
         pipeline.set_progress_bar_config(disable=True)
-        self._pipeline = pipeline.to(self._place)
         if self._lora is not None:
             pipeline.load_lora_weights(self._lora)
+        match self._weights.offload:
+            case "model":
+                pipeline.enable_model_cpu_offload(device=self._place)
+            case "group":
+                pipeline.enable_group_offload(self._place, offload_type="leaf_level")
+            case "sequential":
+                pipeline.enable_sequential_cpu_offload(device=self._place)
+            case None:
+                pipeline.to(self._place)
+        self._pipeline = pipeline
         # A text encoder may take fewer tokens than the 512 that pipelines ask for unless told.
         limit = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", 512)
         if limit < 512 and "Flux2" in type(pipeline).__name__:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flux2pixel.evaluate import drawing, layout, results
-from flux2pixel.evaluate.columns import Candidate, candidate, named
+from flux2pixel.evaluate.columns import Candidate, Weights, candidate, named
 from flux2pixel.evaluate.drawing import Clock, Order
 from flux2pixel.evaluate.fidelity.compare import compare_with_images, compare_with_renders
 from flux2pixel.evaluate.layout import ImageFile
@@ -30,6 +30,7 @@ from flux2pixel.evaluate.store import Digests, Entry, Key, Ledger, Memo, Texts
 from flux2pixel.evaluate.suite import Sample
 from flux2pixel.evaluate.suites import NO_TRUTH, Suite, has_truth, open_suites
 from flux2pixel.models import base as bases
+from flux2pixel.models.offload import Offload, Quantize
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime import device as devices
 from flux2pixel.runtime import files
@@ -50,17 +51,20 @@ def evaluate(
     images: Sequence[str] = (),
     *,
     matched: bool = False,
+    dtype: torch.dtype | None = None,
+    offload: Offload | None = None,
+    quantize: Quantize | None = None,
 ) -> Path:
     """Score models and folders of images side by side; returns the path of the page, report.json is beside it.
 
     ``models`` are ``[name=]folder[+adapter]`` (none and no ``images``: base, converted and finetuned of the run),
-    ``images`` are ``[name=]folder`` in a suite's official layout; ``matched`` as in `columns.candidate`. Under
-    torchrun the work is shared and the first process writes the report. Raises UsageError before any work for what no
-    run can mend.
+    ``images`` are ``[name=]folder`` in a suite's official layout; ``matched`` as in `columns.candidate`; ``dtype``,
+    ``offload`` and ``quantize`` of what draws, as in `open_model`. Under torchrun the work is shared and the first
+    process writes the report. Raises UsageError before any work for what no run can mend.
     """
     set_threads(recipe.threads)
     with join(device=recipe.device) as team:
-        return _evaluate(recipe, run, models, out, images, matched, team)
+        return _evaluate(recipe, run, models, out, images, matched, Weights(dtype, offload, quantize), team)
 
 
 def _evaluate(
@@ -70,13 +74,14 @@ def _evaluate(
     out: Path | None,
     images: Sequence[str],
     matched: bool,
+    weights: Weights,
     team: Team,
 ) -> Path:
     started, place, home = time.perf_counter(), team.device, run / "eval"
     digests, texts = Digests(home / "digests.json"), Texts(home / "texts")
     memo = Memo(home / "scores" / f"sets.{team.rank}.json")
     suites = open_suites(recipe, digests, memo, str(place))
-    candidates = _candidates(recipe, run, models, images, digests, texts, place, matched)
+    candidates = _candidates(recipe, run, models, images, digests, texts, place, matched, weights)
     tasks = [Task(one, suite, recipe, home, digests, team) for one in candidates for suite in suites]
     if team.leads:
         _announce(recipe, candidates, place)
@@ -103,12 +108,23 @@ def _evaluate(
     return page
 
 
-def check(recipe: Recipe, run: Path, models: Sequence[str], images: Sequence[str]) -> None:
+def check(
+    recipe: Recipe,
+    run: Path,
+    models: Sequence[str],
+    images: Sequence[str],
+    *,
+    matched: bool = False,
+    dtype: torch.dtype | None = None,
+    offload: Offload | None = None,
+    quantize: Quantize | None = None,
+) -> None:
     """Raise UsageError for what `evaluate` would refuse; loads no weights and writes nothing but digests."""
-    home, place = run / "eval", torch.device("cpu")
+    home, place = run / "eval", devices.choose(recipe.device)
     digests = Digests(home / "digests.json")
     suites = open_suites(recipe, digests, Memo(home / "scores" / "sets.0.json"), "cpu")
-    for one in _candidates(recipe, run, models, images, digests, Texts(home / "texts"), place):
+    weights, texts = Weights(dtype, offload, quantize), Texts(home / "texts")
+    for one in _candidates(recipe, run, models, images, digests, texts, place, matched, weights):
         for suite in suites:
             Task(one, suite, recipe, home, digests)
     digests.save()
@@ -122,7 +138,8 @@ def _candidates(
     digests: Digests,
     texts: Texts,
     place: torch.device,
-    matched: bool = False,
+    matched: bool,
+    weights: Weights,
 ) -> list[Candidate]:
     """What is compared, in order; two columns of one name are refused."""
     if not models and not images:
@@ -132,7 +149,7 @@ def _candidates(
             for name in ("converted", "readout", "finetuned")
             if (run / name / "asymflow.json").is_file()
         ]
-    found = [candidate(text, recipe, run, digests, texts, place, matched) for text in models]
+    found = [candidate(text, recipe, run, digests, texts, place, matched, weights) for text in models]
     for text in images:
         name, word = named(text)
         folder = Path(word)

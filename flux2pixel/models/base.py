@@ -19,7 +19,7 @@ from flux2pixel.families.configs import read_config
 from flux2pixel.families.known import KNOWN, Known, base_names
 from flux2pixel.models import text
 from flux2pixel.models.hub import INDEXES, PARTS, download
-from flux2pixel.models.offload import Offload, offloaded, rest
+from flux2pixel.models.offload import Offload, Quantize, offloaded, quantised, rest
 from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import quiet_libraries
 from flux2pixel.weights.header import read_header
@@ -61,6 +61,7 @@ def open_base(
     device: torch.device | str = "cpu",
     vae_dtype: torch.dtype = torch.float32,
     offload: Offload | None = None,
+    quantize: Quantize | None = None,
     offline: bool = False,
 ) -> Base:
     """Open a base, or a model converted from one, by alias, folder or Hub id; nothing heavy is loaded yet.
@@ -72,14 +73,17 @@ def open_base(
     folder = Path(name)
     if not (folder / "asymflow.json").is_file():
         folder = resolve(str(name), parts, offline=offline)
-    return Base(folder, read_family(folder), dtype, device=device, vae_dtype=vae_dtype, offload=offload)
+    facts = read_family(folder)
+    return Base(folder, facts, dtype, device=device, vae_dtype=vae_dtype, offload=offload, quantize=quantize)
 
 
-def published(known: Known) -> Base:
+def published(
+    known: Known, dtype: torch.dtype | None = None, *, offload: Offload | None = None, quantize: Quantize | None = None
+) -> Base:
     """A base of which nothing is on disk, from its published configurations: for plans."""
     family = family_of(known.transformer_class)
     assert family is not None, known.transformer_class
-    return Base(Path(known.hub), family(known.configs, known.hub))
+    return Base(Path(known.hub), family(known.configs, known.hub), dtype, offload=offload, quantize=quantize)
 
 
 def read_family(folder: Path) -> Family:
@@ -113,7 +117,8 @@ class Base:
             halves, float32. A caller that needs float32 everywhere, as a proof does, says so.
         device: where the parts go when they are loaded.
         vae_dtype: of the VAE, float32 or bfloat16.
-        offload: what of transformer and text encoders waits on the CPU for its turn on ``device``.
+        offload: how transformer and text encoders wait on the CPU for their turn on ``device``.
+        quantize: the transformer's weights in 8 bits, all but the layers that a conversion folds.
     """
 
     patch_size: int = _fact("patch_size")
@@ -137,9 +142,10 @@ class Base:
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype = torch.float32,
         offload: Offload | None = None,
+        quantize: Quantize | None = None,
     ):
         self.folder, self.facts, self.device = folder, facts, torch.device(device)
-        self.vae_dtype, self.offload = vae_dtype, offload
+        self.vae_dtype, self.offload, self.quantize = vae_dtype, offload, quantize
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         self.network_class, self.vae_class = facts.network_class, facts.vae_class
         self.call, self.branches, self.guide = facts.call, facts.branches, facts.guide
@@ -156,8 +162,19 @@ class Base:
     def transformer(self) -> Any:
         """The stock latent transformer."""
         dtype = self.dtype or stored_dtype(self.folder / "transformer")
-        loaded = self.load("transformer", self.network_class(), place=self.offload is None, torch_dtype=dtype)
-        return offloaded(loaded.eval().requires_grad_(False), self.offload, self.device)
+        whole = self.offload is None and self.quantize is None
+        loaded = self.load("transformer", self.network_class(), place=whole, torch_dtype=dtype)
+        loaded = loaded.eval().requires_grad_(False)
+        if self.quantize:
+            where = self.device if self.offload is None else None
+            loaded = quantised(loaded, self.quantize, self.unquantised, where)
+        return offloaded(loaded, self.offload, self.device)
+
+    @property
+    def unquantised(self) -> set[str]:
+        """Layers, latent and pixel, whose weights are never quantised: a fold is exact in them, and they are small."""
+        names = (*self.projections.inputs, self.projections.output, self.projections.modulation)
+        return {*names, *map(self.pixel_name, names)}
 
     @cached_property
     def text_parts(self) -> dict[str, Any]:
@@ -169,9 +186,7 @@ class Base:
         for part, encoder in self.facts.encoders.items():
             dtype = self.dtype or stored_dtype(self.folder / part)
             loaded = text.load_encoder(self.folder / part, encoder, dtype)
-            parts[part] = (
-                loaded.to(self.device) if self.offload is None else offloaded(loaded, self.offload, self.device)
-            )
+            parts[part] = offloaded(loaded, self.offload, self.device)
         return parts
 
     def free(self, part: str) -> None:

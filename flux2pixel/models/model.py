@@ -31,6 +31,7 @@ from flux2pixel.families.base import Conditioning, Reference
 from flux2pixel.models.base import Base, open_base
 from flux2pixel.models.features import Features
 from flux2pixel.models.folder import is_pixel_folder, read_folder
+from flux2pixel.models.offload import Offload, Quantize, check, rest
 from flux2pixel.models.sampler import Sampler, base_sampler, check_guidance
 from flux2pixel.recipe import Sample
 from flux2pixel.runtime.errors import Flux2PixelError, UsageError
@@ -98,15 +99,27 @@ class Model(ABC):
     ) -> Tensor:
         """Draw: ``empty`` is what guidance leads away from; ``references`` are sRGB pictures (B, 3, H', W') to edit."""
         self.check_size(size)
+        with torch.no_grad():
+            return self._decode(self.tokens(text, empty, noise, size, self.levels(size), references, on_step), size)
+
+    def tokens(
+        self,
+        text: Conditioning,
+        empty: Conditioning,
+        noise: Tensor,
+        size: Size,
+        levels: Tensor,
+        references: Sequence[Tensor] = (),
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Clean tokens (B, N, C), drawn on ``levels``; the other arguments are those of a call."""
         device = self.device
         text, empty = ({name: value.to(device) for name, value in cond.items()} for cond in (text, empty))
         with torch.no_grad():
             known = [self._reference(picture.to(device)) for picture in references]
             denoiser = self._denoiser(text, empty, size, known)
-            levels = self.levels(size).to(device)
-            drawn = sample(denoiser, self._start(noise.to(device)), levels, SOLVERS[self.sampler.solver], on_step)
-            images = self._decode(drawn, size)
-        return images
+            solver = SOLVERS[self.sampler.solver]
+            return sample(denoiser, self._start(noise.to(device)), levels.to(device), solver, on_step)
 
     def generate(
         self,
@@ -255,6 +268,7 @@ class LatentModel(Model):
         return noise @ self.flow.basis.to(noise)
 
     def _decode(self, tokens: Tensor, size: Size) -> Tensor:
+        rest([self.transformer])
         return self.base.decode(tokens, *size).clamp(0, 1)
 
     def _reference(self, picture: Tensor) -> Reference:
@@ -269,6 +283,8 @@ def open_model(
     subspace: Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    offload: Offload | None = None,
+    quantize: Quantize | None = None,
 ) -> PixelModel | LatentModel:
     """Open a converted, read-out or finetuned folder, or a latent base by alias, folder or Hub id, without its weights.
 
@@ -276,11 +292,19 @@ def open_model(
         sample: what the user wrote of the sampling; it wins over the folder's settings and the base's.
         subspace: for a latent base, the file by whose basis it takes the pixel models' noise.
         device, dtype: of the parts, when they are loaded; the CPU, and the base's default there, if not given.
+        offload: how weights wait on the CPU for their turn on another device: ``model``, ``group`` or ``sequential``.
+        quantize: the transformer's weights in 8 bits, ``int8`` or ``fp8``; needs torchao.
 
     Raises UsageError or Flux2PixelError naming what is wrong with the folder, or a setting that it cannot honour.
     """
+    place = torch.device(device or "cpu")
+    check(offload, quantize, place)
+    return model_of(open_base(name, dtype, device=place, offload=offload, quantize=quantize), sample, subspace)
+
+
+def model_of(base: Base, sample: Sample | None = None, subspace: Path | None = None) -> PixelModel | LatentModel:
+    """The model that a base, or a folder made from one, is; arguments and errors as of `open_model`."""
     written = sample or Sample()
-    base = open_base(name, dtype=dtype, device=torch.device(device or "cpu"))
     if is_pixel_folder(base.folder):
         stored = read_folder(base.folder)
         sampler = check_guidance(base, stored.sampler.changed(written), written)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,8 +84,8 @@ def load_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
     return _reader(folder, encoder, load)
 
 
-def empty_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
-    """The same encoder on the meta device, from its configuration alone: for plans."""
+def empty_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype, written: Mapping[str, Any]) -> Any:
+    """The same encoder on the meta device, from its ``written`` configuration alone: for plans."""
 
     def build(kind: Any, config: Any) -> Any:
         default = torch.get_default_dtype()
@@ -96,16 +96,21 @@ def empty_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Any:
         finally:
             torch.set_default_dtype(default)
 
-    return _reader(folder, encoder, build)
+    return _reader(folder, encoder, build, written)
 
 
-def _reader(folder: Path, encoder: Encoder, make: Callable[[Any, Any], Any]) -> Any:
-    """What ``make`` gives for the class and the configuration, cut to the layers that are read."""
+def _reader(
+    folder: Path, encoder: Encoder, make: Callable[[Any, Any], Any], written: Mapping[str, Any] | None = None
+) -> Any:
+    """What ``make`` gives for the class and the configuration, the folder's or ``written``, cut to the layers read."""
     import transformers
 
     kind = getattr(transformers, encoder.model)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        if written is None:
+            config = transformers.AutoConfig.from_pretrained(folder)
+        else:
+            config = transformers.AutoConfig.for_model(**written)
         depth = config.get_text_config().num_hidden_layers
         if encoder.states:
             _shorten(config.get_text_config(), encoder.states, depth, folder)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -27,7 +27,7 @@ class Meter(TorchDispatchMode):
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Never count these: what was there before."""
-        for tensor in tensors:
+        for tensor in (piece for whole in tensors for piece in pieces(whole)):
             self._alive.setdefault(tensor.untyped_storage()._cdata, 0)
 
     def exempt(self, tensor: Tensor) -> None:
@@ -52,6 +52,21 @@ class Meter(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.current -= self._alive.pop(key, 0)
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that one is made of: those of a quantised one, else itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from pieces(getattr(tensor, name))
+
+
+def nbytes(module: nn.Module, recurse: bool = True) -> int:
+    """Bytes of a module's parameters and buffers, those of the modules in it too if ``recurse``."""
+    tensors = (*module.parameters(recurse), *module.buffers(recurse))
+    return sum(piece.nbytes for tensor in tensors for piece in pieces(tensor))
 
 
 def faked(network: Any, mode: FakeTensorMode, low: torch.dtype | None = None) -> Any:

@@ -17,12 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.data.cache import Batch, Size
 from flux2pixel.data.encode import MAX_TEXT
-from flux2pixel.families.base import Conditioning
-from flux2pixel.families.configs import stock_config
 from flux2pixel.finetune.network import trainable
 from flux2pixel.finetune.network.quantise import quantise
 from flux2pixel.finetune.step.objective import LatentReference, Objective, SharedReference, Velocity
 from flux2pixel.models.base import Base
+from flux2pixel.models.plan import conditioning_like, construct
 from flux2pixel.recipe import Finetune
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.runtime.meter import Meter, faked
@@ -59,17 +58,6 @@ def build(base: Base, config: dict[str, Any], settings: Finetune) -> Network:
     if not lora and settings.loss != "flow-matching":
         reference = construct(base, config, low).requires_grad_(False)
     return Network(base, config, settings, network.train(), groups, reference, total, frozen)
-
-
-def construct(base: Base, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The stock class on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return base.network_class()(**stock_config(config))
-    finally:
-        torch.set_default_dtype(before)
 
 
 class Step:
@@ -148,18 +136,6 @@ def batch_like(base: Base, config: dict[str, Any], size: Size, count: int, text_
         [],
         base.patch_size,
     )
-
-
-def conditioning_like(base: Base, config: dict[str, Any], count: int, text_tokens: int) -> Conditioning:
-    """A conditioning of ``count`` prompts of ``text_tokens`` tokens, its floating-point values in 16 bits."""
-    some = base.random_conditioning(config, count, torch.Generator())
-    made = {}
-    for name, value in some.items():
-        shape = list(value.shape)
-        if name in ("text", "mask"):
-            shape[1] = text_tokens
-        made[name] = torch.ones(shape, dtype=torch.float16 if value.is_floating_point() else value.dtype)
-    return made
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from flux2pixel.finetune.network import parallel
 from flux2pixel.finetune.plan import footprint
 from flux2pixel.models import base as bases
 from flux2pixel.models.base import Base
+from flux2pixel.models.plan import conditioning_like
 from flux2pixel.recipe import Recipe
 from flux2pixel.runtime.errors import UsageError
 
@@ -288,7 +289,7 @@ def _disk(
         count, per = (images, "") if images else (1000, ", per 1000 images")
         width = BYTES[recipe.data.dtype]
         tokens = max(h * w for h, w in _sizes(recipe, run, base.patch_size)) // base.patch_size**2
-        conditioning = footprint.conditioning_like(base, config, 1, text_tokens)
+        conditioning = conditioning_like(base, config, 1, text_tokens)
         text = sum(v.numel() * (width if v.is_floating_point() else v.element_size()) for v in conditioning.values())
         made[f"cache, pixels{per}"] = count * tokens * base.token_width
         made[f"cache, latents{per}"] = count * tokens * base.latent_width * width
