@@ -25,6 +25,7 @@ from flux2pixel.cli import app
 from flux2pixel.evaluate import columns, open_scorers
 from flux2pixel.evaluate.columns import FlowDrawer
 from flux2pixel.evaluate.geneval import GenEval
+from flux2pixel.evaluate.report import pictures
 from flux2pixel.models import model as models
 from flux2pixel.runtime import files
 
@@ -89,6 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         (models, "read_folder"),
         (models, "read_subspace"),
         (columns, "read_folder"),
+        (pictures, "read_subspace"),
     ):
         monkeypatch.setattr(module, name, real(getattr(module, name)))
     save = safetensors.torch.save_file
