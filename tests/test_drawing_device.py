@@ -114,8 +114,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 @pytest.mark.parametrize(
     ("name", "solver"),
-    [("run/converted", "heun"), ("run/converted", "unipc"), ("run/readout", "euler"), ("run/readout", "unipc")]
-    + [("base", "euler")],
+    [
+        ("run/converted", "heun"),
+        ("run/converted", "unipc"),
+        ("run/readout", "euler"),
+        ("run/readout", "unipc"),
+        ("base", "euler"),
+    ],
 )
 def test_generate_draws_where_it_says(name: str, solver: str, made: Path, gpu: list[torch.device], tmp_path: Path):
     words = ["generate", "a photo of a red circle", "--run", made / "run", "--model", made / name]

@@ -20,6 +20,7 @@ from flux2pixel.finetune.step import objective
 from flux2pixel.finetune.watch import samples
 from flux2pixel.models.base import Base
 
+
 class Generator(torch.Generator):
     """Says that it is CUDA's, which cannot be made here."""
 
