@@ -33,8 +33,9 @@ def run(*words):
 
 
 @pytest.mark.parametrize("alias", REHEARSED)
-def test_a_published_base_walks_the_road(alias, photos, tmp_path):
+def test_a_published_base_walks_the_road(alias, photos, tmp_path, caplog):
     base, runs = write_rehearsal(tmp_path / "base", alias), tmp_path / "run"
+    caplog.clear()
     given = ("--base", base, "--run", runs, "--set", "threads=1")
     run("fit-subspace", *given, "--images", photos, "--set", "fit_subspace.resolution=0")
     scale = float(read_subspace(runs / "subspace.safetensors")[0].scale)
@@ -46,6 +47,8 @@ def test_a_published_base_walks_the_road(alias, photos, tmp_path):
     picture = tmp_path / "drawn.png"
     run("generate", "a photo of a red circle", *given, "--steps", 2, "--height", 32, "--width", 48, "--out", picture)
     assert Image.open(picture).size == (48, 32)
+    repeated = [one.getMessage() for one in caplog.records if one.name == "diffusers.configuration_utils"]
+    assert not repeated, "an unknown key is named once, with its file"
 
 
 @pytest.mark.parametrize("alias", REHEARSED)

@@ -175,7 +175,7 @@ def _official(name: str, recipe: Recipe, digests: Digests, memo: Memo, device: s
         judge = partial(open_scorers.hpsv3, assets, device, prompts, script)
         summarise = partial(hpsv3.summarise, prompts, script_text=script)
     scored = name in settings.suite
-    if scored and not (assets / name).is_dir() and not options.get("judge"):
+    if scored and not any((assets / name).glob("*")) and not options.get("judge"):
         raise UsageError(f"{assets / name}: absent; get it with flux2pixel eval --suite {name} --fetch")
 
     def remember(ask: Callable[[], Summary]) -> Summary:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2pixel.runtime.errors import UsageError
-from flux2pixel.runtime.progress import log
+from flux2pixel.runtime.progress import log, quiet_libraries
 
 LARGEST = 1_000_000  # no width, length or size of any published model comes near
 DEEPEST = 1_000  # blocks
@@ -44,6 +44,7 @@ def init_config(cls: Any, config: Mapping[str, Any], where: str) -> dict[str, An
     lists, as in JSON. ``where`` is the file, for messages.
     Raises UsageError naming file and key for a value of the wrong type or beyond any model.
     """
+    quiet_libraries()
     given, unused, _ = cls.extract_init_dict(dict(config))
     unknown = sorted(name for name in unused if not name.startswith("_"))
     if unknown:

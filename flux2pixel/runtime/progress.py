@@ -109,12 +109,14 @@ def bar(what: str, total: float | None, shown: bool = True, unit: str = "") -> I
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' own loading bars and two warnings that are about their internals."""
+    """Silence the libraries' own loading bars, and warnings about their internals or that we say ourselves."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # Keys of a configuration that its class does not know: families.configs names them, with the file.
+    diffusers_logging.get_logger("diffusers.configuration_utils").setLevel(diffusers_logging.ERROR)
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
