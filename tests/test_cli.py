@@ -239,6 +239,7 @@ def test_the_first_screen_chains_on_one_base_and_one_run(
     for words in (
         ["fit-subspace", "--images", "photos"],
         ["convert"],
+        ["fit-readout", "--images", "photos"],
         ["finetune", "--images", "photos"],
         ["eval", "--suite", "geneval"],
         ["generate", "a cat"],
