@@ -39,7 +39,7 @@ def test_report_has_what_scripts_read(run):
     assert report["exactness"]["max_abs_error"] < 1e-9
     assert report["detector_ceiling"] > 0.9
     seconds = report["seconds"]
-    parts = [seconds[k] for k in ("fit_subspace", "convert", "finetune", "eval")]
+    parts = [seconds[k] for k in ("fit_subspace", "convert", "fit_readout", "finetune", "eval")]
     assert seconds["total"] == pytest.approx(sum(parts)) and min(parts) > 0
     assert {"torch", "diffusers", "flux2pixel"} <= set(report["versions"])
     assert (run / "report.html").is_file()

@@ -179,12 +179,3 @@ def test_doctor_knows_of_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "--offline" in module._hub(KNOWN["flux2-klein-4b"], offline=True)[0]
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: "config.json")
     assert not module._hub(KNOWN["flux2-klein-9b"], offline=True)
-
-
-def test_host_memory_is_the_control_groups(tmp_path: Path) -> None:
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("1073741824\n")
-    assert module._host_memory(tmp_path) == GIB
-    (group / "memory.max").write_text("max\n")
-    assert module._host_memory(tmp_path) > GIB

@@ -165,6 +165,8 @@ class Base:
         whole = self.offload is None and self.quantize is None
         loaded = self.load("transformer", self.network_class(), place=whole, torch_dtype=dtype)
         loaded = loaded.eval().requires_grad_(False)
+        if whole:
+            return loaded
         if self.quantize:
             where = self.device if self.offload is None else None
             loaded = quantised(loaded, self.quantize, self.unquantised, where)

@@ -13,8 +13,7 @@ from flux2pixel.runtime.page import finite, number
 
 Report = Mapping[str, Any]
 
-NAMES = {"base": "Latent base", "converted": "Converted, not finetuned", "finetuned": "Finetuned"}
-NAMES |= {"readout": "Converted and read out, not finetuned"}
+NAMES = {"base": "Latent base", "converted": "Converted", "readout": "Readout, not finetuned", "finetuned": "Finetuned"}
 SHORT = {"base": "Latent base", "converted": "Converted", "readout": "Readout", "finetuned": "Finetuned"}
 LABELS = {"geneval": "GenEval", "dpg-bench": "DPG-Bench", "hpsv3": "HPSv3", "fidelity": "Fidelity"}
 KEYS = {"geneval": "geneval", "dpg-bench": "dpg_bench", "hpsv3": "hpsv3"}  # of a suite in report.json
