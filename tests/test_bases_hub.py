@@ -13,10 +13,11 @@ import pytest
 from families import write_base
 
 from flux2pixel.cli.bases import bases_table
+from flux2pixel.convert.run import source_of
 from flux2pixel.families import registry
 from flux2pixel.families.known import KNOWN
 from flux2pixel.models import base as bases
-from flux2pixel.models.hub import PARTS, commit_of
+from flux2pixel.models.hub import PARTS
 from flux2pixel.runtime.errors import UsageError
 from flux2pixel.weights.checkpoint import open_checkpoint
 
@@ -171,7 +172,7 @@ def test_a_download_that_stops_says_so_and_one_that_breaks_off_is_resumed(hub, t
 def test_a_revision_is_asked_for_and_the_folder_knows_its_commit(hub, tmp_path):
     hub.asked.clear()
     (found,) = resolve(tmp_path, hub, "me/base@v1.0", parts=("vae",))
-    assert commit_of(Path(found.removeprefix("folder "))) == COMMIT and commit_of(hub.folder) is None
+    assert source_of(Path(found.removeprefix("folder ")))["base_commit"] == COMMIT and not source_of(hub.folder)
     assert any("/revision/v1.0" in path for _, path in hub.asked)
     (absent,) = resolve(tmp_path, hub, "me/base@no-such-revision")
     assert "me/base@no-such-revision: the repository has no such revision" in absent
@@ -208,8 +209,10 @@ def test_a_mistyped_folder_says_what_is_beside_it(hub, tmp_path):
 
 def test_a_plan_is_made_from_configs_and_headers_alone(hub, tmp_path):
     script = (
-        "import json\nfrom flux2pixel.models.hub import remote_plan\nplan = remote_plan('me/base')\n"
-        "print(json.dumps([plan.commit, sorted(plan.configs), plan.tensors['transformer'], sum(plan.sizes.values())]))"
+        "import json\nfrom flux2pixel.weights.remote import open_remote\nplan = open_remote('me/base')\n"
+        "tensors = {name: [s.dtype, s.shape] for name, s in plan.checkpoint().tensors.items()}\n"
+        "parts = sorted({name.removesuffix('.json').split('/')[0] for name in plan.sizes})\n"
+        "print(json.dumps([plan.commit, parts, tensors, sum(plan.sizes.values())]))"
     )
     hub.asked.clear()
     commit, parts, tensors, size = json.loads(python(script, tmp_path, hub)[-1])

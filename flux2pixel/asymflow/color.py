@@ -73,8 +73,3 @@ def decode(image: Tensor) -> Tensor:
         image = _exact(image)
         lms = _mix(_LAB_TO_LMS, image * SPREAD + _channelwise(OFFSET, image)) ** 3
         return linear_to_srgb(_mix(_LMS_TO_RGB, lms).clamp(0, 1))
-
-
-def clamp_to_gamut(image: Tensor) -> Tensor:
-    """Move normalised Oklab colours into the sRGB gamut: decode, clamp, encode."""
-    return encode(decode(image))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flux2pixel.finetune.network import export, parallel
+from flux2pixel.finetune.network import parallel
 from flux2pixel.finetune.network.quantise import quantise
 from flux2pixel.finetune.network.trainable import prepare
 from flux2pixel.finetune.prepare import Source
@@ -48,7 +48,7 @@ def frozen(recipe: Recipe) -> nn.Module:
     if recipe.finetune.precision != "bf16":
         whole: nn.Module = bases.open_base(recipe.base, torch.float32).transformer
         return whole
-    stored = export.stored_dtype(bases.resolve(recipe.base) / "transformer")
+    stored = bases.stored_dtype(bases.resolve(recipe.base) / "transformer")
     network: nn.Module = bases.open_base(recipe.base, stored).transformer
     for module in network.modules():
         dtype = torch.bfloat16 if isinstance(module, nn.Linear) else torch.float32

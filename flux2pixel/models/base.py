@@ -20,14 +20,15 @@ from flux2pixel.families.known import KNOWN, Known, base_names
 from flux2pixel.models import text
 from flux2pixel.models.hub import INDEXES, PARTS, download
 from flux2pixel.models.offload import Offload, Quantize, offloaded, quantised, rest
+from flux2pixel.runtime.device import default_dtype
 from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import quiet_libraries
+from flux2pixel.weights.checkpoint import DTYPES
 from flux2pixel.weights.header import read_header
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 TEXT_PROMPTS = 64  # at most in one forward of the text encoders, however short they are
 TEXT_TOKENS = 16 * 512  # at most in one forward: what 16 full prompts of most families have
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def resolve(base: str, parts: Sequence[str] = PARTS, *, offline: bool = False) -> Path:
@@ -161,16 +162,17 @@ class Base:
     @cached_property
     def transformer(self) -> Any:
         """The stock latent transformer."""
-        dtype = self.dtype or stored_dtype(self.folder / "transformer")
-        whole = self.offload is None and self.quantize is None
-        loaded = self.load("transformer", self.network_class(), place=whole, torch_dtype=dtype)
+        dtype = self.dtype_of("transformer")
+        loaded = self.load("transformer", self.network_class(), place=False, torch_dtype=dtype)
         loaded = loaded.eval().requires_grad_(False)
-        if whole:
-            return loaded
         if self.quantize:
             where = self.device if self.offload is None else None
             loaded = quantised(loaded, self.quantize, self.unquantised, where)
         return offloaded(loaded, self.offload, self.device)
+
+    def dtype_of(self, part: str) -> torch.dtype:
+        """The dtype that a part's weights are loaded in: the one given, or what the device makes of the stored one."""
+        return self.dtype or default_dtype(self.device, stored_dtype(self.folder / part))
 
     @property
     def unquantised(self) -> set[str]:
@@ -186,8 +188,7 @@ class Base:
         for part, kind in self.facts.tokenizers.items():
             parts[part] = text.load_tokenizer(self.folder / part, kind)
         for part, encoder in self.facts.encoders.items():
-            dtype = self.dtype or stored_dtype(self.folder / part)
-            loaded = text.load_encoder(self.folder / part, encoder, dtype)
+            loaded = text.load_encoder(self.folder / part, encoder, self.dtype_of(part))
             parts[part] = offloaded(loaded, self.offload, self.device)
         return parts
 
@@ -250,11 +251,12 @@ class Base:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most bytes of a part's weights are stored in; float32 for one that we do not compute in."""
+    """The floating-point dtype that most bytes of a part's weights are stored in; float32 where there is none."""
     held: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         header = read_header(path)
         for name, (dtype, _) in header.tensors.items():
             first, last = header.spans[name]
             held[dtype] = held.get(dtype, 0) + last - first
-    return DTYPES.get(max(held, key=lambda name: held[name]), torch.float32) if held else torch.float32
+    stored = DTYPES.get(max(held, key=lambda name: held[name]), torch.float32) if held else torch.float32
+    return stored if stored.is_floating_point else torch.float32

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flux2pixel.runtime.errors import UsageError, first_line
 from flux2pixel.runtime.progress import log
@@ -19,20 +16,6 @@ PARTS = ("transformer", "vae", "scheduler", "text_encoder*", "tokenizer*")
 INDEXES = ("model_index.json", "modular_model_index.json")
 CONFIGS = (*INDEXES, "*/config.json", "*/scheduler_config.json")
 SPARE = 2**30  # bytes to leave free on a disk
-
-
-@dataclass(frozen=True)
-class RemotePlan:
-    """What a repository holds, known from its configurations and headers alone, without a download of weights.
-
-    ``configs`` by part as in :class:`flux2pixel.families.base.Family`; ``tensors`` by part and name, each a dtype as
-    safetensors names it and a shape; ``sizes`` in bytes by file; ``commit`` of the revision.
-    """
-
-    commit: str
-    configs: dict[str, dict[str, Any]]
-    tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-    sizes: dict[str, int]
 
 
 def download(repo: str, parts: Sequence[str] = PARTS, revision: str | None = None, *, offline: bool = False) -> Path:
@@ -58,37 +41,6 @@ def download(repo: str, parts: Sequence[str] = PARTS, revision: str | None = Non
         page = f"https://huggingface.co/{repo}"
         raise UsageError(f"base: {named} has no transformer/config.json: not a base in diffusers' format; see {page}")
     return folder
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the Hub's cache is a snapshot of; None for any other folder."""
-    folder = folder.absolute()
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
-def remote_plan(repo: str, parts: Sequence[str] = ("transformer",), revision: str | None = None) -> RemotePlan:
-    """Read configurations, sizes and the headers of ``parts``' weights over the network; nothing large is fetched.
-
-    Raises UsageError as :func:`download`.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    api = HfApi()
-    with _one_line(repo, repo):
-        info = api.model_info(repo, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        configs: dict[str, dict[str, Any]] = {}
-        tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-        for name in sizes:
-            if any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGS):
-                part = "model_index" if name in INDEXES else name.split("/")[0]
-                configs[part] = json.loads(Path(hf_hub_download(repo, name, revision=info.sha)).read_text())
-            part = name.split("/")[0]
-            if name.endswith(".safetensors") and any(fnmatch.fnmatch(part, wanted) for wanted in parts):
-                header = api.parse_safetensors_file_metadata(repo, name, revision=info.sha)
-                found = {key: (str(t.dtype), tuple(t.shape)) for key, t in header.tensors.items()}
-                tensors.setdefault(part, {}).update(found)
-    return RemotePlan(str(info.sha), configs, tensors, sizes)
 
 
 def _check_space(named: str, repo: str, revision: str | None, wanted: Sequence[str]) -> None:

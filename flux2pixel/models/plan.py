@@ -21,7 +21,7 @@ from flux2pixel.asymflow.method import AsymFlow
 from flux2pixel.families.base import TEXT_LENGTH, Conditioning
 from flux2pixel.families.configs import stock_config
 from flux2pixel.families.known import KNOWN
-from flux2pixel.models.base import TEXT_PROMPTS, TEXT_TOKENS, Base, open_base, published, stored_dtype
+from flux2pixel.models.base import TEXT_PROMPTS, TEXT_TOKENS, Base, open_base, published
 from flux2pixel.models.folder import is_pixel_folder
 from flux2pixel.models.model import Model, PixelModel, Size, model_of
 from flux2pixel.models.offload import Offload, Quantize, quantised
@@ -98,7 +98,7 @@ def plan_text(base: Base, prompts: int, tokens: int = TEXT_TOKENS) -> Pass:
     """One forward of the text encoders, of ``prompts`` or fewer: at most ``tokens`` in all."""
     mode, parts = FakeTensorMode(allow_non_fake_inputs=True), _tokenizers(base)
     for part, encoder in base.facts.encoders.items():
-        dtype = base.dtype or stored_dtype(base.folder / part)
+        dtype = base.dtype_of(part)
         parts[part] = faked(empty_encoder(base.folder / part, encoder, dtype, base.facts[part]), mode)
     length = base.facts.text_length(parts)
     count = max(1, min(prompts, tokens // length))
@@ -115,7 +115,7 @@ def _drawing(model: Model, batch: int, size: Size, latent: bool) -> list[Pass]:
     """Drawing one batch, and with a VAE decoding it; a network that is not offloaded stays while the VAE works."""
     base, mode = model.base, FakeTensorMode(allow_non_fake_inputs=True)
     config = base.pixel_config(base.config) if latent and isinstance(model, PixelModel) else base.config
-    dtype = base.dtype or stored_dtype(base.folder / "transformer")
+    dtype = base.dtype_of("transformer")
     network = faked(construct(base, config, dtype).eval().requires_grad_(False), mode)
     full = nbytes(network)
     if base.quantize:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from flux2pixel.finetune.network.checkpoint import State
 from flux2pixel.finetune.network.parallel import whole
 from flux2pixel.finetune.network.trainable import merged, split
 from flux2pixel.finetune.watch.log import Log
-from flux2pixel.models.base import Base
+from flux2pixel.models.base import Base, stored_dtype
 from flux2pixel.models.folder import read_folder, write_folder
 from flux2pixel.recipe import Recipe, as_dict, dumps
 from flux2pixel.runtime import files
@@ -87,17 +86,6 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], notes: dict[str, st
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
         files.write_json(folder / f"{PATTERN.format(suffix='')}.index.json", index)
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a safetensors folder's largest tensors: what is not trained must be written as it was read."""
-    from safetensors import safe_open
-
-    path = min(folder.glob("*.safetensors"))
-    with safe_open(path, framework="pt") as file:
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        dtype: torch.dtype = file.get_tensor(max(sizes, key=sizes.__getitem__)).dtype
-        return dtype
 
 
 def write_card(folder: Path, recipe: Recipe, log: Log, record: dict[str, Any], samples: Path) -> None:
